@@ -1,0 +1,138 @@
+"""Embeddings of a test set on disk, so that the output of any system can be scored: save, load, and cameras from paths.
+
+Eight arrays, in one NAME.npz or as a folder of .npy files with the same names:
+
+    query          (Q, D) float     gallery          (G, D) float     embeddings, a row per image
+    query_pids     (Q,) integer     gallery_pids     (G,) integer     identity; -1 junk, dropped from the ranking
+    query_camids   (Q,) integer     gallery_camids   (G,) integer     camera
+    query_paths    (Q,) text        gallery_paths    (G,) text        optional; needed to ignore cameras
+
+The files of a folder are memory-mapped: a gallery larger than the memory is read as it is used. Nothing is unpickled.
+"""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Features(NamedTuple):
+    query: np.ndarray  # (Q, D)
+    query_pids: np.ndarray  # (Q,)
+    query_camids: np.ndarray  # (Q,)
+    gallery: np.ndarray  # (G, D)
+    gallery_pids: np.ndarray  # (G,)
+    gallery_camids: np.ndarray  # (G,)
+    query_paths: np.ndarray | None = None  # (Q,) text
+    gallery_paths: np.ndarray | None = None  # (G,) text
+
+
+OPTIONAL = ("query_paths", "gallery_paths")
+
+
+def save_features(path: str | Path, features: Features) -> Path:
+    """Write features to path: one file if it ends in .npz, otherwise a folder of .npy files. Returns the path.
+
+    Fields may be arrays, tensors or lists (of Path, too). Written under another name first, then renamed.
+    Raises ValueError if the path exists or the arrays do not fit together.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists: delete it or choose another name for the features.")
+    arrays = {}
+    for name, value in features._asdict().items():
+        if value is None:
+            continue
+        if name in OPTIONAL:
+            arrays[name] = np.array([os.fspath(item) for item in value], dtype=np.str_)
+        else:
+            arrays[name] = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+    _check(arrays, path)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished{path.suffix}")  # np.savez wants the ending
+    if path.suffix == ".npz":
+        np.savez(unfinished, **arrays)
+    else:
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir()
+        for name, array in arrays.items():
+            np.save(unfinished / f"{name}.npy", array)
+    unfinished.rename(path)
+    return path
+
+
+def load_features(path: str | Path) -> Features:
+    """Features from a .npz file or a folder of .npy files; those of a folder are memory-mapped, read-only.
+
+    Raises FileNotFoundError if there is nothing at the path, ValueError if an array is missing, cannot be read or
+    does not fit the others.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No features at {path}: a .npz file or a folder of .npy files was expected there.")
+    arrays = {}
+    if path.is_dir():
+        for name in Features._fields:
+            file = path / f"{name}.npy"
+            if file.exists():
+                arrays[name] = _read(file, mmap_mode="r")
+    else:
+        archive = _read(path)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError(f"{path} holds a single array: features are a .npz file or a folder of .npy files.")
+        with archive:
+            for name in Features._fields:
+                if name in archive.files:
+                    arrays[name] = _read(path, archive, name)
+    _check(arrays, path)
+    return Features(**arrays)
+
+
+def path_cameras(query_paths, gallery_paths) -> tuple[np.ndarray, np.ndarray]:
+    """A camera of its own for every distinct path: (Q,) and (G,) int64.
+
+    With these camids a query's own image is dropped from its ranking, and nothing else.
+    Raises ValueError without paths.
+    """
+    if query_paths is None or gallery_paths is None:
+        raise ValueError("Ignoring cameras needs the paths of the images: add query_paths and gallery_paths.")
+    names = np.array([os.fspath(path) for path in (*query_paths, *gallery_paths)], dtype=np.str_)
+    cameras = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    return cameras[: len(query_paths)], cameras[len(query_paths) :]
+
+
+def _read(path: Path, archive=None, name: str = "", mmap_mode: str | None = None):
+    """An array (or an open archive) without unpickling; one sentence if it cannot be read."""
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False) if archive is None else archive[name]
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        what = f"{name} in {path}" if name else f"{path}"
+        raise ValueError(
+            f"Cannot read {what}: it is damaged, or no plain array of numbers or text (pickled objects are refused)."
+        ) from error
+
+
+def _check(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """The arrays are there and fit together, or a ValueError says which does not."""
+    missing = [name for name in Features._fields if name not in arrays and name not in OPTIONAL]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: features are {', '.join(Features._fields)}.")
+    for name, array in arrays.items():
+        kinds, what = ("f", "numbers (float)") if name in ("query", "gallery") else ("iu", "integers")
+        kinds, what = ("U", "text") if name in OPTIONAL else (kinds, what)
+        shape = (len(arrays[name.split("_")[0]]),) if array.ndim and arrays[name.split("_")[0]].ndim else ()
+        if array.dtype.kind not in kinds or array.ndim != (2 if kinds == "f" else 1) or array.shape[:1] != shape:
+            table = "(rows, D)" if kinds == "f" else f"({shape[0] if shape else 'rows'},)"
+            raise ValueError(
+                f"{name} in {path} must hold {what} of shape {table}, not {array.dtype} of shape {array.shape}."
+            )
+    if arrays["query"].shape[1] != arrays["gallery"].shape[1]:
+        raise ValueError(
+            f"The embeddings in {path} differ in width: query {arrays['query'].shape}, gallery "
+            f"{arrays['gallery'].shape}."
+        )
