@@ -1,0 +1,214 @@
+"""From image files to normalised batches: decoded once to uint8, the rest for the whole batch on the device.
+
+Decoding (Pillow: RGB, bilinear resize, the same pixels as torchvision's `Resize`) runs in threads. What is left for
+every step is a gather, a flip (and crop) and the normalisation, done on the device for the batch at once and drawn
+from (seed, epoch, step), so that caching, workers and prefetching never change a pixel.
+
+Where the decoded training images are kept (`--cache auto`): on the device if they take at most half of its free
+memory, else in main memory if they take at most half of what is available, else nowhere: then, as with `--cache off`,
+every epoch decodes again, a few batches ahead of the training step. Test images are never kept.
+"""
+
+import functools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.seed import mix_seed
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB, for pixels in 0..1
+ENLARGE = 1.125  # --random-crop: half of the images are resized to 1.125x and cropped back at a random place
+MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it only warns: a "decompression bomb"
+
+
+class BadImage(ValueError):
+    """An image file that can't be decoded; says which and why in one sentence."""
+
+
+def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """One image file as RGB uint8 arrays (height, width, 3), one for each (height, width) of `sizes`.
+
+    The EXIF orientation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped. Raises BadImage.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{path}: {image.width} x {image.height} is more than the {MAX_PIXELS:,} pixels allowed")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # Pillow would clip 16-bit values to 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            image = image.convert("RGB")
+            return [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes]
+    except BadImage:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" <", 1)[0]
+        raise BadImage(f"{path} can't be read as an image: {reason.replace(repr(str(path)), 'the file')}") from None
+
+
+def decode_batches(
+    batches: Iterable[Sequence[Path]], sizes: Sequence[tuple[int, int]], workers: int
+) -> Iterator[list[Tensor]]:
+    """For each batch of paths a list with one uint8 tensor (B, height, width, 3) per size, in order.
+
+    `workers` threads decode up to two batches ahead of the one being used; 0 decodes in the calling thread.
+    """
+
+    def stack(images: list[list[np.ndarray]]) -> list[Tensor]:
+        return [torch.from_numpy(np.stack(same_size)) for same_size in zip(*images, strict=True)]
+
+    if workers == 0:
+        for paths in batches:
+            yield stack([decode(path, sizes) for path in paths])
+        return
+    executor = ThreadPoolExecutor(workers)
+    try:
+        pending = deque()
+        for paths in batches:
+            pending.append([executor.submit(decode, path, sizes) for path in paths])
+            if len(pending) > 2:
+                yield stack([future.result() for future in pending.popleft()])
+        while pending:
+            yield stack([future.result() for future in pending.popleft()])
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both (3,), for pixels in 0..255; made once per device, since making them waits for the device."""
+    return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in channels_last order, ImageNet mean and standard deviation."""
+    mean, std = _mean_and_std(images.device)
+    return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+
+def augment(images: Tensor, enlarged: Tensor | None, draws: Tensor) -> Tensor:
+    """Random flip, and with `enlarged` random crop, of uint8 images (B, H, W, 3).
+
+    enlarged: the same images (B, H', W', 3) at ENLARGE times the size, or None. draws: (B, 4) uniform in 0..1:
+    flipped?, cropped?, vertical and horizontal place of the crop.
+    """
+    if enlarged is not None:
+        B, H, W, _ = images.shape
+        top = (draws[:, 2] * (enlarged.shape[1] - H + 1)).long()  # (B,)
+        left = (draws[:, 3] * (enlarged.shape[2] - W + 1)).long()
+        rows = top[:, None] + torch.arange(H, device=images.device)  # (B, H)
+        columns = left[:, None] + torch.arange(W, device=images.device)  # (B, W)
+        each = torch.arange(B, device=images.device)[:, None, None]
+        cropped = enlarged[each, rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
+        images = torch.where((draws[:, 1] < 0.5)[:, None, None, None], cropped, images)
+    return torch.where((draws[:, 0] < 0.5)[:, None, None, None], images.flip(2), images)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free on a CUDA device, or available to programs in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def find_bad_images(paths: Sequence[Path], workers: int) -> dict[int, str]:
+    """Decodes every image once; position in `paths` -> the sentence that says what is wrong, for the bad ones."""
+
+    def problem(path: Path) -> str | None:
+        try:
+            decode(path, [])
+        except BadImage as error:
+            return str(error)
+
+    with ThreadPoolExecutor(max(workers, 1)) as executor:
+        found = executor.map(problem, paths)
+        bar = tqdm(found, "checking images", len(paths), unit="image", leave=False, disable=None)
+        return {position: sentence for position, sentence in enumerate(bar) if sentence}
+
+
+class TrainingImages:
+    """The training images, ready to be drawn in batches on the device; `where` says where they are kept."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        height: int,
+        width: int,
+        device: torch.device,
+        random_crop: bool = False,
+        cache: str = "auto",
+        workers: int = 4,
+    ):
+        """cache: `auto` or `off`, see the top of this file. Raises BadImage at the first file that can't be decoded."""
+        self.paths, self.device, self.workers = list(paths), device, workers
+        self.sizes = [(height, width)]
+        if random_crop:
+            self.sizes.append((round(height * ENLARGE), round(width * ENLARGE)))
+        self.num_bytes = len(paths) * sum(3 * h * w for h, w in self.sizes)
+        self.stores = None
+        self.where = "files, decoded every epoch"
+        if cache == "auto":
+            if self.num_bytes <= available_memory(device) // 2:
+                self.where = str(device) if device.type != "cpu" else "main memory"
+                self._fill(device)
+            elif device.type != "cpu" and self.num_bytes <= available_memory(torch.device("cpu")) // 2:
+                self.where = "main memory"
+                self._fill(torch.device("cpu"))
+
+    def _fill(self, place: torch.device) -> None:
+        self.stores = [torch.empty(len(self.paths), h, w, 3, dtype=torch.uint8, device=place) for h, w in self.sizes]
+        chunks = [self.paths[start : start + 256] for start in range(0, len(self.paths), 256)]
+        with tqdm(total=len(self.paths), desc="decoding", unit="image", leave=False, disable=None) as bar:
+            for chunk, start in zip(
+                decode_batches(chunks, self.sizes, self.workers), range(0, len(self.paths), 256), strict=True
+            ):
+                for store, images in zip(self.stores, chunk, strict=True):
+                    store[start : start + len(images)] = images.to(place)
+                bar.update(len(chunk[0]))
+
+    def batches(self, order: Tensor, seed: int, epoch: int) -> Iterator[Tensor]:
+        """Normalised, augmented batches (B, 3, H, W) on the device, for the image numbers `order` (steps, B).
+
+        Everything random is drawn from (seed, epoch) in one block whose row is the step: nothing in the loop waits
+        for the device, and a step's pixels don't depend on how or when they were fetched.
+        """
+        generator = torch.Generator().manual_seed(mix_seed(seed, epoch, 1))
+        draws = torch.rand(*order.shape, 4, generator=generator).to(self.device)  # (steps, B, 4)
+        for step, images in enumerate(self._raw_batches(order)):
+            yield normalise(augment(images[0], images[1] if len(images) > 1 else None, draws[step]))
+
+    def _raw_batches(self, order: Tensor) -> Iterator[list[Tensor]]:
+        if self.stores is None:
+            batches = ([self.paths[i] for i in step] for step in order.tolist())
+            for images in decode_batches(batches, self.sizes, self.workers):
+                yield [self._to_device(size) for size in images]
+        else:
+            order = order.to(self.stores[0].device)
+            for step in order:
+                yield [self._to_device(store[step]) for store in self.stores]
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()  # else the copy would wait for the device
+        return images.to(self.device, non_blocking=True)
+
+
+def stream_images(
+    paths: Sequence[Path], height: int, width: int, device: torch.device, batch_size: int, workers: int
+) -> Iterator[Tensor]:
+    """Normalised batches (B, 3, H, W) of all images in order, the last one short; keeps none of them."""
+    chunks = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
+    for (images,) in decode_batches(chunks, [(height, width)], workers):
+        yield normalise(images.to(device, non_blocking=True))

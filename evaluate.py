@@ -1,0 +1,169 @@
+"""Scores a finished run, a run on another data set, or saved features of any system: rank-k, mAP, mINP.
+
+    python evaluate.py --run runs/market_arcface_s0
+    python evaluate.py --run runs/market_arcface_s0 --dataset duke
+    python evaluate.py --run runs/market_arcface_s0 --save-features features.npz
+    python evaluate.py --features features.npz
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import DATASETS, load_dataset
+from data.holdout import holdout
+from data.images import stream_images
+from data.records import Record, Split
+from models import build_model
+from utils.checkpoint import check_fit, load_checkpoint, load_json, save_json
+from utils.features import Features, load_features, path_cameras, save_features
+from utils.ranking import rank_metrics
+
+BATCH_SIZE = 128  # images embedded at a time
+
+
+@torch.inference_mode()
+def embed(
+    model: nn.Module,
+    records: Sequence[Record],
+    *,
+    height: int,
+    width: int,
+    device: torch.device,
+    amp: bool = False,
+    workers: int = 4,
+    description: str = "embedding",
+) -> Tensor:
+    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept."""
+    was_training = model.training
+    model.eval()
+    embeddings = []
+    with tqdm(total=len(records), desc=description, unit="image", leave=False, disable=None) as bar:
+        paths = [record.path for record in records]
+        for images in stream_images(paths, height, width, device, BATCH_SIZE, workers):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                embeddings.append(model(images).float())  # (B, D)
+            bar.update(len(images))
+    model.train(was_training)
+    return torch.cat(embeddings)
+
+
+def embed_split(model: nn.Module, split: Split, **settings) -> Features:
+    """Query and gallery of a split with their embeddings; settings: those of `embed`."""
+    fields = {}
+    for name, records in (("query", split.query), ("gallery", split.gallery)):
+        fields[name] = embed(model, records, description=f"embedding {name}", **settings)
+        fields[f"{name}_pids"] = torch.tensor([record.pid for record in records])
+        fields[f"{name}_camids"] = torch.tensor([record.camid for record in records])
+        fields[f"{name}_paths"] = [str(record.path) for record in records]
+    return Features(**fields)
+
+
+def score(features: Features, metric: str = "cosine", ignore_cameras: bool = False) -> dict[str, float]:
+    """The metrics of PROTOCOL, as fractions (0..1), under the names of `rank_metrics`.
+
+    ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped.
+    """
+    query_camids, gallery_camids = features.query_camids, features.gallery_camids
+    if ignore_cameras:
+        query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
+    return rank_metrics(
+        features.query,
+        features.query_pids,
+        query_camids,
+        features.gallery,
+        features.gallery_pids,
+        gallery_camids,
+        metric=metric,
+    )
+
+
+def metrics_table(metrics: dict[str, float], title: str) -> str:
+    """One row of percents under the metrics' names in prose."""
+    names = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "rank20": "rank-20"}
+    keys = ["rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP"]
+    row = [title, *(100 * metrics[key] for key in keys), metrics["num_queries"]]
+    headers = ["", *(names.get(key, key) for key in keys), "valid queries"]
+    return tabulate([row], headers, floatfmt=".2f")
+
+
+def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
+    """The trained backbone of a run folder, in eval mode, and the run's flags."""
+    if not (run_dir / "args.json").is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run folder: it has no args.json")
+    args = load_json(run_dir / "args.json")
+    checkpoint = load_checkpoint(run_dir / "last.pt")
+    model = build_model(args["arch"], "none")
+    check_fit(run_dir / "last.pt", "model", checkpoint["model"], model.state_dict())
+    model.load_state_dict(checkpoint["model"])
+    if checkpoint["epoch"] < args["epochs"]:
+        print(f"{run_dir} is not finished: this is the network after epoch {checkpoint['epoch']} of {args['epochs']}")
+    return model.to(device, memory_format=torch.channels_last).eval(), args
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what to score: one of the two
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="a run folder made by train.py")
+    source.add_argument("--features", type=Path, help="saved features: an .npz file or a folder of .npy files (README)")
+    # on what
+    parser.add_argument("--dataset", choices=DATASETS, help="the test set (default: the run's own)")
+    parser.add_argument("--data-dir", help="the folder that holds the data sets (default: the run's own)")
+    # how
+    parser.add_argument("--metric", choices=("cosine", "euclidean"), help="distance (default: the run's, or cosine)")
+    parser.add_argument(
+        "--ignore-cameras", action="store_true", help="drop only the query image itself, not its whole camera"
+    )
+    parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode images")
+    args = parser.parse_args()
+    if args.features and (args.dataset or args.data_dir or args.save_features):
+        parser.error("--features needs no images: leave --dataset, --data-dir and --save-features out")
+    return args
+
+
+def main() -> None:
+    args = parse_flags()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.features:
+        features = load_features(args.features)
+        print(metrics_table(score(features, args.metric or "cosine", args.ignore_cameras), str(args.features)))
+        return
+    model, run = load_run(args.run, device)
+    dataset = args.dataset or run["dataset"]
+    split = load_dataset(dataset, args.data_dir or run["data_dir"], run["synthetic_ids"])
+    held_out = dataset == run["dataset"] and run["eval_on"] == "val"
+    if held_out:
+        split = holdout(split.train, run["seed"])
+    features = embed_split(
+        model,
+        split,
+        height=run["height"],
+        width=run["width"],
+        device=device,
+        amp=run["amp"],
+        workers=args.workers,
+    )
+    if args.save_features:
+        save_features(args.save_features, features)
+    metrics = score(features, args.metric or run["metric"], args.ignore_cameras or run["ignore_cameras"])
+    print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
+    save_json(args.run / f"evaluation_{dataset}.json", metrics)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: stopped")

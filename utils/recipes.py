@@ -1,0 +1,87 @@
+"""Recipes: default values of train.py's flags, by recipe, by loss, by loss and data set. An explicit flag always wins.
+
+`published` repeats the settings behind the published comparison, as far as flags can express them (README, "Recipes").
+`controlled` is one recipe for every loss: same batches, optimizer, schedule, epochs and augmentation; a row differs in
+the loss's own numbers only. `LOSS@DATASET` rows win over `LOSS` rows, these over the recipe's first row, `*`.
+
+`loss_args` holds constructor arguments, keyed `LOSS.ARGUMENT`; "398/steps" is divided by the number of training steps.
+`loss_weights` holds the weight of a term that the expression leaves unwritten.
+"""
+
+import shlex
+from typing import Any
+
+RANDOM_32 = {"sampler": "random", "batch_size": 32}
+
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "controlled": {
+        "*": {"epochs": 60, "lr": 3.5e-4, "weight_decay": 5e-4, "sampler": "pk", "p": 16, "k": 4, "random_crop": False},
+        # The papers' numbers hold where a row says nothing; not tuned here but for the rows with a data set.
+        "softmax+center": {"loss_weights": {"center": 5e-4}},  # reid-strong-baseline's weight
+        # lambda = 1000 / (1 + gamma * step) reaches lambda_min = 5 half-way: gamma = (1000 / 5 - 1) / (steps / 2)
+        "sphereface": {"loss_args": {"sphereface.lambda_gamma": "398/steps"}},
+        "arcface": {"loss_args": {"arcface.margin": 0.1}},  # the margin behind the published table's best epoch of it
+    },
+    "published": {
+        "*": {
+            "epochs": 60,
+            "milestones": [20, 40],
+            "lr": 3e-4,
+            "weight_decay": 5e-4,
+            "random_crop": True,
+            "seed": 1,
+            **RANDOM_32,
+        },
+        "triplet": {"sampler": "pk", "p": 16, "k": 4, "milestones": [5, 20, 40]},
+        # the published centers never moved and had no factor 1/2: 3e-5 there is 6e-5 here
+        "softmax+center": {"loss_weights": {"center": 6e-5}},
+        "softmax+center@duke": {"loss_weights": {"center": 2e-5}},
+        "npair": {"sampler": "pk", "p": 32, "k": 2, "loss_args": {"npair.l2": 0.001}},
+        "histogram": {"sampler": "pk", "p": 32, "k": 2, "milestones": [2, 20, 40]},
+        "multi_similarity": {
+            "sampler": "pk",
+            "p": 32,
+            "k": 5,
+            "lr": 1e-4,
+            "loss_args": {"multi_similarity.beta": 10.0, "multi_similarity.base": 1.0},
+        },
+        "sphereface": {"loss_args": {"sphereface.lambda_base": 1500.0, "sphereface.lambda_gamma": 0.001}},
+        "cosface": {"milestones": [5, 20, 40], "loss_args": {"cosface.scale": 50.0, "cosface.margin": 0.0}},
+        "arcface": {"milestones": [5, 20, 40], "loss_args": {"arcface.margin": 0.1}},
+    },
+}
+
+
+def recipe_defaults(recipe: str, row: str, dataset: str) -> dict[str, Any]:
+    """Flag values of a recipe for a loss (its row name, without weights) on a data set."""
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+    rows = RECIPES[recipe]
+    values = {**rows["*"], **rows.get(row, {})}
+    for key, value in rows.get(f"{row}@{dataset}", {}).items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return values
+
+
+def resolve_loss_args(loss_args: dict[str, Any], num_steps: int) -> list[str]:
+    """A recipe's `loss_args` as `KEY=VALUE` strings, with what depends on the number of training steps worked out."""
+    values = {}
+    for key, value in loss_args.items():
+        if isinstance(value, str) and value.endswith("/steps"):
+            value = float(value.removesuffix("/steps")) / num_steps
+        values[key] = value
+    return [f"{key}={value!r}" for key, value in values.items()]
+
+
+def command_line(args: dict[str, Any]) -> str:
+    """Flags (by name, None and False left out) as one would type them."""
+    words = []
+    for key, value in args.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)] if value else []
+        elif value is not False and value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)

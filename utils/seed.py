@@ -1,0 +1,28 @@
+"""Seeds as functions of (seed, epoch): a resumed run draws exactly what the uninterrupted one would have drawn."""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several non-negative numbers, well mixed: (1, 2) and (2, 1) share nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seeds the global generators of random, numpy and torch (all devices) from (seed, epoch)."""
+    mixed = mix_seed(seed, epoch)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+
+
+def set_determinism(deterministic: bool) -> None:
+    """deterministic: the same bits on every run of one GPU, at some cost; otherwise cuDNN picks its fastest kernels."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it set before its first call
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
