@@ -14,7 +14,7 @@ from data.records import Record, Split
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 PLACES = ("dukemtmc-reid/DukeMTMC-reID", "dukemtmc-reid", "DukeMTMC-reID", ".")  # below the root
-NAME = re.compile(r"([0-9]{1,18})_c([0-9])_f")  # identity, camera; 18 digits fit an int64
+NAME = re.compile(r"(?!0+_)([0-9]{1,18})_c([0-9])_f")  # identity (never 0), camera; 18 digits fit an int64
 EXAMPLE = "0005_c2_f0046985.jpg"
 CAMERAS = range(1, 9)
 COUNTS = {  # (identities, images) of a complete copy
@@ -84,9 +84,9 @@ def warn_if_partial(title: str, folder: Path, split: Split, counts: dict[str, tu
     """One warning with all the differences between the split and the published counts (identities, images)."""
     found = {name: (len({r.pid for r in records}), len(records)) for name, records in split._asdict().items()}
     differences = [
-        f"{name} {found[name][1]:,} images of {found[name][0]:,} identities instead of {images:,} of {pids:,}"
-        for name, (pids, images) in counts.items()
-        if found[name] != (pids, images)
+        f"{name} {images:,} images of {pids:,} identities instead of {counts[name][1]:,} of {counts[name][0]:,}"
+        for name, (pids, images) in found.items()
+        if (pids, images) != counts[name]
     ]
     if differences:
         warnings.warn(f"{title} in {folder} is not the complete data set: {'; '.join(differences)}.", stacklevel=3)

@@ -21,9 +21,9 @@ COUNTS = {  # (identities, images) of a complete copy; gallery: without junk, th
     "train": (751, 12936),
     "query": (750, 3368),
     "gallery": (751, 15913),
+    "distractors": (1, 2798),  # part of the gallery
+    "junk": (1, 3819),  # in the gallery's folder, but not in the gallery
 }
-DISTRACTORS = 2798  # images, part of the gallery
-JUNK = 3819  # images, in the gallery's folder but not in the gallery
 
 
 def market1501(root: str | Path, check_counts: bool = True) -> Split:
@@ -91,9 +91,9 @@ def warn_if_partial(title: str, folder: Path, split: Split, counts: dict[str, tu
     """One warning with all the differences between the split and the published counts (identities, images)."""
     found = {name: (len({r.pid for r in records}), len(records)) for name, records in split._asdict().items()}
     differences = [
-        f"{name} {found[name][1]:,} images of {found[name][0]:,} identities instead of {images:,} of {pids:,}"
-        for name, (pids, images) in counts.items()
-        if found[name] != (pids, images)
+        f"{name} {images:,} images of {pids:,} identities instead of {counts[name][1]:,} of {counts[name][0]:,}"
+        for name, (pids, images) in found.items()
+        if (pids, images) != counts[name]
     ]
     if differences:
         warnings.warn(f"{title} in {folder} is not the complete data set: {'; '.join(differences)}.", stacklevel=3)

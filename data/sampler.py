@@ -28,16 +28,17 @@ class PKSampler:
         for index, label in enumerate(torch.as_tensor(labels).tolist()):
             self.images.setdefault(label, []).append(index)
         self.labels = sorted(self.images)
-        self.steps = sum(map(len, self.images.values())) // (p * k)
+        num_images = sum(map(len, self.images.values()))
+        self.steps = num_images // (p * k)
         if len(self.labels) < p:
             raise ValueError(
-                f"A batch of p={p} identities needs as many in training, but there are "
-                f"{len(self.labels)}: lower --p or use a larger data set."
+                f"A batch of p={p} identities needs as many in training, but there are {len(self.labels)}: "
+                "lower --p or use a larger data set."
             )
-        if not self.steps:
+        if self.steps == 0:
             raise ValueError(
-                f"{sum(map(len, self.images.values()))} training images do not fill one batch of "
-                f"{p} x {k}: lower --p or --k, or use a larger data set."
+                f"{num_images} training images do not fill one batch of {p} x {k}: "
+                "lower --p or --k, or use a larger data set."
             )
 
     def __len__(self) -> int:
@@ -47,16 +48,12 @@ class PKSampler:
         """Indices into labels (steps, P * K) int64; the K images of an identity stand side by side."""
         rng = random.Random(f"batches {self.seed} {epoch}")  # a text: torch would use the low 32 bits of a number only
         queue, image_queues = [], {label: [] for label in self.labels}
-        return torch.tensor(
-            [
-                [
-                    index
-                    for label in draw(self.labels, queue, self.p, rng)
-                    for index in draw(self.images[label], image_queues[label], self.k, rng)
-                ]
-                for _ in range(self.steps)
-            ]
-        )
+        batches = []
+        for _ in range(self.steps):
+            labels = draw(self.labels, queue, self.p, rng)
+            drawn = [draw(self.images[label], image_queues[label], self.k, rng) for label in labels]
+            batches.append([index for images in drawn for index in images])
+        return torch.tensor(batches)
 
 
 class RandomSampler:
