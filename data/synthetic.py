@@ -1,0 +1,885 @@
+"""Generated pedestrians: a data set in Market-1501's layout, drawn on first use with numpy and Pillow.
+
+    folder = generate("datasets", num_ids=150)  # datasets/synthetic-v1-150
+    python -m data.synthetic --contact-sheet results/synthetic_contact_sheet.png
+
+An identity is a body and clothes from shared vocabularies, so that many people look alike, and a share of them are near
+twins: two people who differ in one detail. A figure is a small skeleton in metres, turned and seen from a slightly
+raised camera, then drawn as tapered limbs and columns. Six cameras add a background, a light, a colour cast, a gamma,
+a blur and a resolution of their own. Every tracklet and every image has its own random generator, seeded by
+(seed, stream, pid, camera, index): the pixels do not depend on the number of workers.
+
+No person was photographed. What holds on these images is no claim about Market-1501.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from functools import lru_cache
+from math import cos, hypot, pi, sin
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+VERSION = 1  # raised whenever a pixel changes, so that an older folder is never taken for the new one
+WIDTH, HEIGHT = 64, 128
+SCALE = 2  # figures are drawn at twice the size and averaged down
+FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+TRAIN, TEST, JUNK, DISTRACTOR = range(4)  # streams of random numbers
+
+# ---------------------------------------------------------------------------------------------------- identities
+
+COLOURS = {
+    "black": (40, 40, 44),
+    "white": (238, 236, 230),
+    "grey": (136, 138, 142),
+    "navy": (44, 56, 100),
+    "blue": (58, 112, 196),
+    "denim": (92, 118, 156),
+    "red": (196, 52, 54),
+    "green": (62, 134, 84),
+    "yellow": (234, 192, 72),
+    "pink": (230, 148, 170),
+    "beige": (208, 188, 154),
+    "brown": (122, 84, 58),
+    "blond": (214, 176, 104),
+    "pale": (244, 208, 180),
+    "tan": (206, 156, 118),
+    "dark": (128, 86, 62),
+}
+VOCABULARY = {  # a name that is listed twice is twice as common
+    "build": ("slim", "medium", "medium", "broad"),
+    "height": ("short", "medium", "tall"),
+    "skin": ("pale", "pale", "tan", "dark"),
+    "hair": ("short", "short", "long", "ponytail", "bun", "bald", "cap"),
+    "hair_colour": ("black", "brown", "brown", "blond", "grey", "red"),
+    "top": ("t-shirt", "t-shirt", "shirt", "hoodie", "jacket", "coat", "vest"),
+    "top_colour": ("black", "black", "white", "white", "grey", "navy", "blue", "red", "green", "yellow", "pink"),
+    "second_colour": ("black", "white", "grey", "navy", "red", "yellow"),
+    "pattern": ("plain", "plain", "plain", "stripes", "checks", "print", "yoke"),
+    "bottom": ("trousers", "trousers", "trousers", "shorts", "skirt"),
+    "bottom_colour": ("black", "black", "navy", "denim", "denim", "grey", "beige", "brown"),
+    "shoes": ("black", "white", "brown", "red"),
+    "bag": ("none", "none", "backpack", "backpack", "shoulder bag", "tote"),
+    "bag_colour": ("black", "brown", "red", "blue"),
+}
+TWIN_SHARE = 0.4  # of all people
+TWIN_DETAILS = (
+    "hair", "hair_colour", "top", "top_colour", "second_colour", "pattern",
+    "bottom", "bottom_colour", "shoes", "bag", "bag_colour",
+)  # fmt: skip
+
+
+class Person(NamedTuple):
+    build: str
+    height: str
+    skin: str
+    hair: str
+    hair_colour: str  # of the cap, for someone who wears one
+    top: str
+    top_colour: str
+    second_colour: str
+    pattern: str
+    bottom: str
+    bottom_colour: str
+    shoes: str
+    bag: str
+    bag_colour: str
+
+
+def visible(person: Person) -> Person:
+    """The person without the details that cannot be seen: the colour of no bag, say."""
+    hidden = {}
+    if person.bag == "none":
+        hidden["bag_colour"] = ""
+    if person.hair == "bald":
+        hidden["hair_colour"] = ""
+    if person.pattern == "plain" and person.top not in ("jacket", "coat"):
+        hidden["second_colour"] = ""
+    if person.second_colour == person.top_colour:
+        hidden["pattern"] = ""
+    return person._replace(**hidden)
+
+
+def draw_person_from_vocabulary(rng: np.random.Generator) -> Person:
+    person = Person(*(words[rng.integers(len(words))] for words in VOCABULARY.values()))
+    others = [colour for colour in VOCABULARY["second_colour"] if colour != person.top_colour]
+    return person._replace(second_colour=others[rng.integers(len(others))])
+
+
+def near_twin(person: Person, rng: np.random.Generator) -> Person:
+    """The same person but for one detail that can be seen."""
+    while True:
+        detail = TWIN_DETAILS[rng.integers(len(TWIN_DETAILS))]
+        twin = person._replace(**{detail: VOCABULARY[detail][rng.integers(len(VOCABULARY[detail]))]})
+        seen = [a != b for a, b in zip(visible(twin), visible(person), strict=True)]
+        if twin != person and sum(seen) >= 1 and twin.second_colour != twin.top_colour:
+            return twin
+
+
+def people(num_ids: int, seed: int, stream: int) -> list[Person]:
+    """num_ids different people; the last TWIN_SHARE / 2 of them are twins of the first ones."""
+    rng = np.random.default_rng([seed, stream])
+    twins = int(num_ids * TWIN_SHARE / 2)
+    group, known = [], set()
+    while len(group) < num_ids:
+        source = len(group) - (num_ids - twins)
+        person = near_twin(group[source], rng) if source >= 0 else draw_person_from_vocabulary(rng)
+        if visible(person) not in known:
+            known.add(visible(person))
+            group.append(person)
+    return group
+
+
+# ------------------------------------------------------------------------------------------------------- cameras
+
+
+class Camera(NamedTuple):
+    scene: str
+    light: float  # where the light comes from: -1 left, 1 right
+    contrast: float  # how dark the side in the shade is
+    cast: tuple[float, float, float]
+    gamma: float
+    saturation: float
+    haze: float
+    blur: float  # pixels
+    resolution: float  # share of the final size
+    noise: float
+    pitch: float  # radians: how far the camera looks down
+    views: tuple[float, float, float, float]  # how often it sees a front, a left side, a back, a right side
+
+
+CAMERAS = (
+    Camera("plaza", -0.9, 0.45, (1.05, 1.00, 0.90), 0.95, 1.00, 0.00, 0.3, 1.00, 0.012, 0.10, (5, 2, 3, 2)),
+    Camera("bricks", 0.7, 0.25, (0.82, 0.95, 1.12), 1.15, 0.80, 0.02, 0.6, 0.80, 0.020, 0.16, (2, 4, 2, 4)),
+    Camera("shop", 0.2, 0.35, (1.10, 0.92, 0.72), 1.10, 0.90, 0.00, 0.4, 0.90, 0.025, 0.06, (4, 1, 5, 1)),
+    Camera("park", -0.5, 0.50, (0.85, 1.04, 0.82), 1.30, 1.05, 0.00, 0.7, 0.70, 0.020, 0.14, (2, 4, 3, 3)),
+    Camera("hall", 0.0, 0.20, (1.08, 1.10, 1.05), 0.75, 0.65, 0.10, 0.5, 0.85, 0.015, 0.20, (5, 1, 5, 1)),
+    Camera("road", 0.9, 0.55, (0.70, 0.76, 0.98), 1.35, 0.75, 0.05, 0.9, 0.60, 0.035, 0.12, (2, 5, 2, 3)),
+)
+
+
+@lru_cache
+def scene(name: str) -> Image.Image:
+    """The wide background of one camera, (8 * WIDTH, HEIGHT) in supersampled pixels; the ground begins at 45 %."""
+    width, height = 8 * WIDTH * SCALE, HEIGHT * SCALE
+    horizon = int(0.45 * height)
+    rng = np.random.default_rng(list(name.encode()))
+    ground = {
+        "plaza": (196, 188, 176), "bricks": (150, 150, 154), "shop": (112, 108, 108),
+        "park": (188, 172, 140), "hall": (176, 170, 160), "road": (104, 106, 112),
+    }[name]  # fmt: skip
+    image = Image.new("RGB", (width, height), ground)
+    draw = ImageDraw.Draw(image)
+
+    def box(x, y, w, h, colour):
+        draw.rectangle((x, y, x + w, y + h), fill=colour)
+
+    def tone(colour, spread=14):
+        return tuple(int(c) for c in np.clip(np.array(colour) + rng.integers(-spread, spread + 1), 0, 255))
+
+    if name == "plaza":
+        box(0, 0, width, horizon, (176, 206, 232))
+        for x in range(0, width, 70):
+            top = int(rng.integers(0, horizon // 2))
+            box(x, top, 68, horizon, tone((198, 186, 170)))
+            for wx in range(x + 8, x + 60, 18):
+                for wy in range(top + 10, horizon - 16, 24):
+                    box(wx, wy, 9, 13, (112, 130, 150))
+        box(0, horizon - 8, width, 16, (110, 150, 84))
+    elif name == "bricks":
+        box(0, 0, width, horizon, (150, 92, 76))
+        for row, y in enumerate(range(0, horizon, 8)):
+            for x in range(-(row % 2) * 10, width, 20):
+                box(x, y, 18, 6, tone((164, 94, 76)))
+        for x in range(120, width, 240):
+            box(x, 20, 44, horizon, (84, 92, 98))
+            box(x + 90, 16, 50, 40, tone((220, 214, 190), 30))
+    elif name == "shop":
+        box(0, 0, width, horizon, (88, 84, 82))
+        for x in range(0, width, 130):
+            box(x + 6, 24, 112, horizon, tone((214, 204, 172), 20))
+            for k in range(5):
+                box(x + 14 + 21 * k, horizon - 44 - int(rng.integers(0, 34)), 14, 60, tone((150, 110, 100), 70))
+            for k in range(7):
+                box(x + 6 + 16 * k, 8, 8, 22, ((190, 50, 50), (236, 230, 220))[k % 2])
+    elif name == "park":
+        box(0, 0, width, horizon, (150, 184, 140))
+        box(0, int(0.6 * horizon), width, int(0.5 * height), (112, 156, 84))
+        for _ in range(26):
+            x, r = int(rng.integers(0, width)), int(rng.integers(22, 44))
+            box(x - 4, 40, 8, horizon, (96, 72, 52))
+            draw.ellipse((x - r, 30 - r, x + r, 30 + r), fill=tone((64, 118, 58), 24))
+        draw.polygon([(0, int(0.72 * height)), (width, int(0.62 * height)), (width, height), (0, height)], fill=ground)
+    elif name == "hall":
+        box(0, 0, width, horizon, (222, 214, 196))
+        for x in range(40, width, 150):
+            box(x, 20, 50, horizon, tone((150, 120, 92)))
+            box(x + 38, 70, 5, 5, (220, 210, 160))
+            box(x + 74, 30, 46, 34, tone((120, 150, 170), 40))
+        box(0, horizon - 6, width, 8, (120, 112, 104))
+    else:
+        box(0, 0, width, horizon, (140, 150, 160))
+        for _ in range(60):
+            x, r = int(rng.integers(0, width)), int(rng.integers(14, 30))
+            draw.ellipse((x - r, 30 - r, x + r, 70 + r), fill=tone((70, 96, 70), 18))
+        for x in range(30, width, 190):
+            car = tone((130, 120, 130), 90)
+            box(x + 28, horizon - 44, 70, 24, tuple(c * 3 // 4 for c in car))
+            box(x, horizon - 24, 130, 28, car)
+            for wheel in (x + 24, x + 104):
+                draw.ellipse((wheel - 11, horizon - 8, wheel + 11, horizon + 14), fill=(36, 36, 40))
+        for x in range(0, width, 90):
+            box(x, int(0.7 * height), 50, 12, (206, 206, 200))
+
+    if name in ("plaza", "hall", "bricks", "shop"):  # paving in perspective
+        seam = tuple(int(0.88 * c) for c in ground)
+        for k in range(9):
+            y = horizon + 10 + int((height - horizon) * (k / 9) ** 1.6)
+            draw.line((0, y, width, y), fill=seam)
+        for x in range(-width, 2 * width, 40):
+            draw.line((width / 2 + (x - width / 2) * 0.7, horizon + 10, x, height), fill=seam)
+    grain = np.asarray(image, np.float32) + rng.normal(0, 5, (height, width, 1))
+    return Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def mix(a: tuple, b: tuple, share: float = 0.5) -> tuple:
+    return tuple(int(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+
+
+class Figure:
+    """One person drawn on two layers: flat colours, and apart from them the light, so that patterns are shaded too."""
+
+    def __init__(self, person: Person, pose: "Pose", camera: Camera):
+        self.person, self.pose = person, pose
+        self.side = camera.light
+        self.tones = tuple(int(255 * (1 - camera.contrast * dark)) for dark in (1.0, 0.45, 0.0))
+        self.colour = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE))
+        self.light = Image.new("L", self.colour.size)
+        self.draw_colour, self.draw_light = ImageDraw.Draw(self.colour), ImageDraw.Draw(self.light)
+        self.cos, self.sin = cos(pose.yaw), sin(pose.yaw)
+        self.pitch = sin(camera.pitch)
+        self.body = {"short": 1.58, "medium": 1.70, "tall": 1.84}[person.height]
+        self.girth = {"slim": 0.88, "medium": 1.0, "broad": 1.2}[person.build]
+        self.unit = pose.size * HEIGHT * SCALE / self.body  # supersampled pixels per metre
+        self.draw()
+
+    def point(self, x: float, y: float, z: float) -> tuple[float, float]:
+        """Body coordinates in metres (x to the left hand, y up, z forward) to pixels."""
+        across, depth = x * self.cos + z * self.sin, z * self.cos - x * self.sin
+        return self.pose.x + self.unit * across, self.pose.ground - self.unit * (y - depth * self.pitch)
+
+    def depth(self, x: float, z: float) -> float:
+        return z * self.cos - x * self.sin
+
+    def limb(self, a: tuple, ra: float, b: tuple, rb: float, colour: tuple, dim: float = 1.0):
+        """A tapered capsule from joint a (radius ra) to joint b (radius rb)."""
+        (ax, ay), (bx, by) = self.point(*a), self.point(*b)
+        ra, rb = ra * self.unit, rb * self.unit
+        for tone, size, shift in zip(self.tones, (1.0, 0.78, 0.4), (0.0, 0.2, 0.45), strict=True):
+            outline = capsule(ax + self.side * shift * ra, ay, ra * size, bx + self.side * shift * rb, by, rb * size)
+            if size == 1.0:
+                self.draw_colour.polygon(outline, fill=colour)
+            self.draw_light.polygon(outline, fill=int(tone * dim))
+
+    def row(self, y: float, a: float, b: float, x: float = 0.0, z: float = 0.0) -> tuple:
+        """A level of a column: an ellipse of half axes a (across) and b (along), centred at (x, y, z)."""
+        cx, cy = self.point(x, y, z)
+        return cx, cy, self.unit * hypot(a * self.cos, b * self.sin), a, b
+
+    def column(self, rows: list[tuple], colour: tuple):
+        for tone, size, shift in zip(self.tones, (1.0, 0.8, 0.4), (0.0, 0.18, 0.45), strict=True):
+            left = [(cx + (self.side * shift - size) * w, cy) for cx, cy, w, _, _ in rows]
+            right = [(cx + (self.side * shift + size) * w, cy) for cx, cy, w, _, _ in rows]
+            outline = left + right[::-1]
+            if size == 1.0:
+                self.draw_colour.polygon(outline, fill=colour)
+            self.draw_light.polygon(outline, fill=tone)
+
+    def band(self, rows: list[tuple], low: float, high: float, colour: tuple):
+        """The part of a column between two heights, 0 at the first row and 1 at the last; no change of the light."""
+        a, b = level(rows, low), level(rows, high)
+        self.draw_colour.polygon(
+            [(a[0] - a[2], a[1]), (a[0] + a[2], a[1]), (b[0] + b[2], b[1]), (b[0] - b[2], b[1])], fill=colour
+        )
+
+    def patch(self, rows: list[tuple], low: float, high: float, start: float, stop: float, colour: tuple):
+        """The part of a column between two heights and two angles (0 is the front), as far as it can be seen."""
+        edges = []
+        for angle in np.linspace(start, stop, 5).tolist():
+            s, c = sin(angle), cos(angle)
+            points = []
+            for share in (low, (low + high) / 2, high):
+                cx, cy, _, a, b = level(rows, share)
+                if b * c * self.cos - a * s * self.sin > 0:
+                    points.append((cx + self.unit * (a * s * self.cos + b * c * self.sin), cy))
+            if len(points) == 3:
+                edges.append(points)
+        if len(edges) > 1:
+            middle = [edge[0] for edge in edges]
+            self.draw_colour.polygon(
+                middle + edges[-1][1:] + [edge[2] for edge in edges[-2::-1]] + [edges[0][1]], fill=colour
+            )
+
+    def draw(self):
+        person, pose, h, g = self.person, self.pose, self.body, self.girth
+        skin, top, second = COLOURS[person.skin], COLOURS[person.top_colour], COLOURS[person.second_colour]
+        bottom, shoes, bag = COLOURS[person.bottom_colour], COLOURS[person.shoes], COLOURS[person.bag_colour]
+        hair = COLOURS[person.hair_colour]
+        parts = []  # (depth, what to draw): the nearest comes last
+
+        # legs
+        hip_y, thigh, shin = 0.50 * h, 0.235 * h, 0.235 * h
+        legs = []
+        for side in (-1, 1):
+            phase = pose.phase + (pi if side < 0 else 0)
+            swing = 0.48 * pose.stride * sin(phase)
+            bend = 0.08 + 0.75 * pose.stride * max(0.0, cos(phase))
+            knee = (side * 0.082 * g, -thigh * cos(swing), thigh * sin(swing))
+            ankle = (side * 0.075 * g, knee[1] - shin * cos(swing - bend), knee[2] + shin * sin(swing - bend))
+            legs.append((side, knee, ankle, swing - bend))
+        drop = -0.055 - min(ankle[1] for _, _, ankle, _ in legs)  # the lower foot stands on the ground
+        hip_y = drop + 0.11
+        legs_first = sorted(legs, key=lambda leg: self.depth(leg[0] * 0.08, leg[2][2]))
+        for number, (side, knee, ankle, tilt) in enumerate(legs_first):
+            dim = 0.86 if number == 0 else 1.0
+            hip = (side * 0.085 * g, hip_y, 0.0)
+            knee = (knee[0], hip_y + knee[1], knee[2])
+            ankle = (ankle[0], hip_y + ankle[1], ankle[2])
+            toe = (ankle[0] + side * 0.02, max(0.03, ankle[1] - 0.05 + 0.15 * sin(tilt)), ankle[2] + 0.15 * cos(tilt))
+            heel = (ankle[0], max(0.035, ankle[1] - 0.05), ankle[2] - 0.02)
+            bare = person.bottom != "trousers"
+            leg = skin if bare else bottom
+            self.limb(knee, 0.056 if bare else 0.072, ankle, 0.04 if bare else 0.058, leg, dim)
+            self.limb(hip, 0.09 * g, knee, 0.062 if bare else 0.076, leg, dim)
+            if person.bottom == "shorts":
+                low = tuple(a + 0.85 * (b - a) for a, b in zip(hip, knee, strict=True))
+                self.limb(hip, 0.1 * g, low, 0.088, bottom, dim)
+            self.limb(heel, 0.045, toe, 0.036, shoes, dim)
+
+        # the trunk: hips or skirt below, the top above
+        lean = 0.04 * pose.stride
+        neck_y, shoulder_y = hip_y + 0.345 * h, hip_y + 0.325 * h
+        waist_y, chest_y = hip_y + 0.12 * h, hip_y + 0.24 * h
+        if person.bottom == "skirt":
+            hem = hip_y - 0.2 * h
+            rows = [self.row(waist_y, 0.14 * g, 0.1 * g), self.row(hip_y, 0.175 * g, 0.13 * g)]
+            self.column(rows + [self.row(hem, 0.2 * g, 0.17 * g + 0.04 * pose.stride)], bottom)
+        else:
+            self.column([self.row(waist_y, 0.14 * g, 0.1 * g), self.row(hip_y - 0.05, 0.165 * g, 0.115 * g)], bottom)
+
+        hem_y = hip_y - (0.17 * h if person.top == "coat" else 0.0)
+        width = 1.12 if person.top in ("hoodie", "jacket", "coat") else 1.0
+        g2 = g * width
+        trunk = [
+            self.row(neck_y + 0.02, 0.07, 0.065, z=lean),
+            self.row(shoulder_y + 0.015, 0.155 * g2, 0.085 * g2, z=lean),
+            self.row(shoulder_y - 0.04, 0.182 * g2, 0.105 * g2, z=lean),
+            self.row(chest_y, 0.17 * g2, 0.12 * g2, z=0.8 * lean),
+            self.row(waist_y, 0.145 * g2, 0.108 * g2, z=0.3 * lean),
+            self.row(hip_y + 0.01, 0.168 * g2, 0.122 * g2),
+        ]
+        if hem_y < hip_y:
+            trunk.append(self.row(hem_y, 0.19 * g2, 0.16 * g2))
+
+        def draw_trunk():
+            self.column(trunk, top)
+            if person.pattern == "stripes":
+                for k in range(1, 5):
+                    self.band(trunk, 0.2 * k - 0.02, 0.2 * k + 0.07, second)
+            elif person.pattern == "checks":
+                for k in range(1, 6):
+                    self.band(trunk, 0.17 * k - 0.06, 0.17 * k + 0.01, mix(top, second, 0.6))
+                for k in range(-5, 6):
+                    self.patch(trunk, 0.06, 1.0, 0.55 * k - 0.1, 0.55 * k + 0.1, second)
+            elif person.pattern == "yoke":
+                self.band(trunk, 0.0, 0.22, second)
+                self.band(trunk, 0.2, 0.42, second)
+            elif person.pattern == "print":
+                self.patch(trunk, 0.3, 0.62, -0.75, 0.75, second)
+                self.patch(trunk, 0.38, 0.54, -0.4, 0.4, mix(second, top, 0.7))
+            if person.top in ("jacket", "coat"):
+                self.patch(trunk, 0.0, 1.0, -0.3, 0.3, second)
+            if person.top == "hoodie":
+                self.patch(trunk, 0.68, 0.92, -0.8, 0.8, mix(top, (0, 0, 0), 0.18))
+            if person.bag == "backpack":
+                for strap in (-0.75, 0.75):
+                    self.patch(trunk, 0.05, 0.62, strap - 0.16, strap + 0.16, bag)
+            if person.bag == "shoulder bag":
+                for face in (0, pi):
+                    for k in range(6):
+                        a = (-0.9 + 0.36 * k) * (1 if face == 0 else -1) + face
+                        self.patch(trunk, 0.12 + 0.14 * k, 0.32 + 0.14 * k, a - 0.06, a + 0.3, bag)
+
+        parts.append((0.0, draw_trunk))
+
+        # arms
+        for side in (-1, 1):
+            phase = pose.phase + (pi if side < 0 else 0)
+            swing = -0.55 * pose.stride * sin(phase)
+            upper, fore = 0.165 * h, 0.15 * h
+            shoulder = (side * 0.172 * g2, shoulder_y - 0.035, lean)
+            elbow = (side * (0.2 * g2 + 0.02), shoulder[1] - upper * cos(swing), lean + upper * sin(swing))
+            turn = swing + 0.3 + 0.2 * pose.stride
+            wrist = (side * (0.2 * g2 + 0.015), elbow[1] - fore * cos(turn), elbow[2] + fore * sin(turn))
+            hand = (wrist[0], wrist[1] - 0.04 * cos(turn), wrist[2] + 0.04 * sin(turn))
+
+            def draw_arm(side=side, shoulder=shoulder, elbow=elbow, wrist=wrist, hand=hand):
+                dim = 0.88 if self.depth(shoulder[0], shoulder[2]) < -0.08 else 1.0
+                sleeve = {"vest": 0.0, "t-shirt": 0.6}.get(person.top, 1.0)
+                thick = 0.012 if width > 1 else 0.0
+                self.limb(wrist, 0.032, hand, 0.036, skin, dim)
+                if person.bag == "tote" and side > 0:
+                    x, y, z = hand
+                    top_row, low_row = y - 0.12, y - 0.42
+                    self.limb((x, y, z - 0.02), 0.012, (x, top_row, z - 0.09), 0.012, bag, dim)
+                    self.limb((x, y, z + 0.02), 0.012, (x, top_row, z + 0.09), 0.012, bag, dim)
+                    rows = [self.row(top_row, 0.05, 0.14, x=x, z=z), self.row(low_row, 0.06, 0.16, x=x, z=z)]
+                    self.column(rows, bag)
+                self.limb(elbow, 0.042 + thick, wrist, 0.03 + thick, top if sleeve == 1 else skin, dim)
+                self.limb(shoulder, 0.05 + thick, elbow, 0.043 + thick, top if sleeve == 1 else skin, dim)
+                if sleeve == 0.6:
+                    low = tuple(a + sleeve * (b - a) for a, b in zip(shoulder, elbow, strict=True))
+                    self.limb(shoulder, 0.06, low, 0.058, top, dim)
+                if person.pattern == "stripes" and sleeve:
+                    for k in (0.25, 0.55, 0.9)[: 1 if sleeve < 1 else 3]:
+                        a = tuple(p + k * (q - p) for p, q in zip(shoulder, elbow, strict=True))
+                        self.stripe(a, elbow, 0.06 + thick, second)
+
+            parts.append((self.depth(elbow[0], (elbow[2] + wrist[2]) / 2), draw_arm))
+
+        # bags on the body
+        if person.bag == "backpack":
+            z = -0.2 * g2
+
+            def draw_backpack():
+                rows = [
+                    self.row(shoulder_y + 0.01, 0.08, 0.05, z=z + 0.04),
+                    self.row(shoulder_y - 0.05, 0.135, 0.085, z=z),
+                    self.row(waist_y - 0.02, 0.15, 0.1, z=z),
+                    self.row(waist_y - 0.08, 0.13, 0.08, z=z + 0.01),
+                ]
+                self.column(rows, bag)
+                self.patch(rows, 0.55, 0.9, pi - 0.9, pi + 0.9, mix(bag, (0, 0, 0), 0.25))
+                self.patch(rows, 0.5, 0.55, pi - 1.1, pi + 1.1, mix(bag, (255, 255, 255), 0.4))
+
+            parts.append((self.depth(0, z), draw_backpack))
+        elif person.bag == "shoulder bag":
+            x = 0.2 * g2
+
+            def draw_shoulder_bag():
+                rows = [self.row(hip_y + 0.1, 0.045, 0.13, x=x), self.row(hip_y - 0.12, 0.055, 0.15, x=x)]
+                self.column(rows, bag)
+                self.band(rows, 0.4, 0.5, mix(bag, (0, 0, 0), 0.3))
+
+            parts.append((self.depth(x, 0) + 0.001, draw_shoulder_bag))
+
+        # head
+        radius, tall = 0.088, 0.122
+        head = (0.0, neck_y + 0.05 + tall, lean + 0.02)
+
+        def draw_head():
+            self.limb((0, neck_y - 0.01, lean), 0.052, (0, neck_y + 0.08, lean + 0.01), 0.05, skin, 0.85)
+            back_of_head = hair if person.hair not in ("bald", "cap") else skin
+            if person.hair == "cap":
+                back_of_head = COLOURS["brown"]
+            if person.hair == "long" and self.cos > 0:
+                self.long_hair(head, radius, tall, hair)
+            self.ball(head, radius * 1.04, tall * 1.03, back_of_head)
+            face = cos(pose.yaw)
+            if face > -0.5:  # the face looks to where the person walks
+                cx, cy = self.point(*head)
+                wide = radius * min(1.0, 0.62 + 0.34 * max(0.0, face))
+                shift = (radius - wide) * self.sin * 1.02
+                drop_face = 0.0 if person.hair == "bald" else 0.2 * tall
+                self.oval(cx + self.unit * shift, cy + self.unit * drop_face, wide, tall - drop_face * 0.95, skin)
+                for eye in (-0.42, 0.42):
+                    if cos(pose.yaw + eye) > 0.25:
+                        ex = cx + self.unit * 0.95 * radius * sin(pose.yaw + eye)
+                        ey, r = cy + self.unit * 0.12 * tall, 0.011 * self.unit
+                        self.draw_colour.ellipse((ex - r, ey - 1.2 * r, ex + r, ey + 1.2 * r), fill=(40, 30, 30))
+                if abs(self.sin) > 0.6:  # a nose in profile
+                    nx, ny = cx + self.unit * radius * 0.97 * np.sign(self.sin), cy + self.unit * 0.3 * tall
+                    r = 0.02 * self.unit
+                    self.oval(nx, ny, 0.02, 0.024, skin)
+            if person.hair == "long" and self.cos <= 0:
+                self.long_hair(head, radius, tall, hair)
+            if person.hair == "bun":
+                self.ball((0, head[1] + 0.9 * tall, head[2] - 0.6 * radius), 0.05, 0.05, hair)
+            if person.hair == "ponytail" and self.cos <= 0.35:
+                start = (0, head[1] + 0.4 * tall, head[2] - radius)
+                self.limb(start, 0.03, (0, head[1] - 1.2 * tall, head[2] - 1.5 * radius), 0.03, hair)
+            if person.hair == "cap":
+                x, y, z = head
+                rows = [
+                    self.row(y + 1.1 * tall, 0.03, 0.03, z=z),
+                    self.row(y + 0.9 * tall, 0.075, 0.075, z=z),
+                    self.row(y + 0.35 * tall, 0.096, 0.1, z=z),
+                ]
+                self.column(rows, hair)
+                if self.cos > -0.4:
+                    rows = [self.row(y + 0.45 * tall, 0.06, 0.07, z=z + 0.08)]
+                    rows.append(self.row(y + 0.3 * tall, 0.07, 0.07, z=z + 0.09))
+                    self.column(rows, mix(hair, (0, 0, 0), 0.25))
+            if person.top == "hoodie":
+                rows = [self.row(neck_y + 0.07, 0.075, 0.06, z=lean - 0.05)]
+                rows.append(self.row(neck_y - 0.03, 0.11, 0.075, z=lean - 0.07))
+                if self.cos < 0.3:
+                    self.column(rows, mix(top, (0, 0, 0), 0.12))
+
+        parts.append((0.0005, draw_head))
+        for _, draw_part in sorted(parts, key=lambda part: part[0]):
+            draw_part()
+
+    def stripe(self, a: tuple, b: tuple, radius: float, colour: tuple):
+        """A ring around a limb at joint a, on the way to b."""
+        (ax, ay), (bx, by) = self.point(*a), self.point(*b)
+        length = max(1e-6, hypot(bx - ax, by - ay))
+        ux, uy, r = (bx - ax) / length, (by - ay) / length, radius * self.unit
+        t = 0.45 * r
+        corners = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        self.draw_colour.polygon([(ax - uy * r * i + ux * t * j, ay + ux * r * i + uy * t * j) for i, j in corners], colour)
+
+    def oval(self, cx: float, cy: float, a: float, b: float, colour: tuple):
+        """An ellipse at a pixel, with half axes in metres."""
+        a, b = a * self.unit, b * self.unit
+        self.draw_colour.ellipse((cx - a, cy - b, cx + a, cy + b), fill=colour)
+        for tone, size, shift in zip(self.tones, (1.0, 0.8, 0.45), (0.0, 0.18, 0.35), strict=True):
+            x = cx + self.side * shift * a
+            self.draw_light.ellipse((x - a * size, cy - b * size, x + a * size, cy + b * size), fill=tone)
+
+    def ball(self, centre: tuple, a: float, b: float, colour: tuple):
+        cx, cy = self.point(*centre)
+        self.oval(cx, cy, a, b, colour)
+
+    def long_hair(self, head: tuple, radius: float, tall: float, colour: tuple):
+        x, y, z = head
+        rows = [
+            self.row(y + 0.5 * tall, 0.9 * radius, 0.7 * radius, z=z - 0.02),
+            self.row(y - 0.3 * tall, 1.2 * radius, 0.8 * radius, z=z - 0.05),
+            self.row(y - 1.7 * tall, 1.25 * radius, 0.7 * radius, z=z - 0.07),
+        ]
+        self.column(rows, colour)
+
+    def paste_on(self, image: Image.Image):
+        mask = self.light.point(lambda value: 255 if value else 0)
+        soft = self.light.filter(ImageFilter.BoxBlur(1))  # the blur also darkens the outline a little
+        image.paste(ImageChops.multiply(self.colour, Image.merge("RGB", (soft, soft, soft))), mask=mask)
+
+
+CIRCLE = [(cos(2 * pi * k / 12), sin(2 * pi * k / 12)) for k in range(12)]
+
+
+def capsule(ax: float, ay: float, ra: float, bx: float, by: float, rb: float) -> list[tuple[float, float]]:
+    """The outline of two discs and of what lies between them."""
+    dx, dy = bx - ax, by - ay
+    length = hypot(dx, dy)
+    if length < 1e-6:
+        return [(ax + ra * c, ay + ra * s) for c, s in CIRCLE]
+    dx, dy = dx / length, dy / length
+    outline = []
+    for k in range(7):  # half a disc around a, then half a disc around b
+        c, s = CIRCLE[(k + 3) % 12]
+        outline.append((ax + ra * (c * dx - s * dy), ay + ra * (c * dy + s * dx)))
+    for k in range(7):
+        c, s = CIRCLE[(k + 9) % 12]
+        outline.append((bx + rb * (c * dx - s * dy), by + rb * (c * dy + s * dx)))
+    return outline
+
+
+def level(rows: list[tuple], share: float) -> tuple:
+    """The row at a share of the way from the first row of a column to its last, by height."""
+    first, last = rows[0][1], rows[-1][1]
+    y = first + share * (last - first)
+    for above, below in zip(rows, rows[1:], strict=False):
+        if y <= below[1] or below is rows[-1]:
+            t = (y - above[1]) / max(1e-6, below[1] - above[1])
+            return tuple(a + t * (b - a) for a, b in zip(above, below, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------- images
+
+
+class Pose(NamedTuple):
+    """How a figure stands in the box: yaw 0 faces the camera; x, ground in supersampled pixels; size in boxes."""
+
+    yaw: float
+    phase: float
+    stride: float
+    x: float
+    ground: float
+    size: float
+
+
+class Task(NamedTuple):
+    """One image to draw."""
+
+    path: str  # folder/name.jpg
+    stream: int
+    pid: int
+    camera: int  # 1 to 6
+    index: int
+    person: Person | None  # None: a stranger of the image's own
+
+
+def random_pose(rng: np.random.Generator, yaw: float, error: float) -> Pose:
+    size = rng.normal(0.88, 0.03 + 0.04 * error)
+    return Pose(
+        yaw=yaw + rng.normal(0, 0.25),
+        phase=rng.uniform(0, 2 * pi),
+        stride=rng.uniform(0.3, 1.0) if rng.random() < 0.85 else 0.1,
+        x=WIDTH * SCALE * (0.5 + rng.normal(0, 0.03 + 0.04 * error)),
+        ground=HEIGHT * SCALE * (0.955 + rng.normal(0, 0.012 + 0.02 * error)),
+        size=size,
+    )
+
+
+def occlude(image: Image.Image, camera: Camera, rng: np.random.Generator):
+    """Something between the camera and the person: a post, a bicycle, a box hedge or another person."""
+    draw = ImageDraw.Draw(image)
+    width, height = image.size
+    kind = rng.integers(4)
+    side = rng.choice((-1, 1))
+    if kind == 0:
+        x, w = width * (0.5 + side * rng.uniform(0.05, 0.35)), width * rng.uniform(0.05, 0.1)
+        draw.rectangle((x, 0, x + w, height), fill=(92, 96, 98))
+        draw.rectangle((x + 0.3 * w, 0, x + 0.5 * w, height), fill=(128, 132, 134))
+    elif kind == 1:
+        x, y, r = width * (0.5 + side * 0.15), height * 0.87, 0.13 * height
+        frame = COLOURS[("red", "blue", "black", "green")[rng.integers(4)]]
+        for wheel in (x - 1.5 * r, x + 1.2 * r):
+            draw.ellipse((wheel - r, y - r, wheel + r, y + r), outline=(34, 34, 36), width=2 * SCALE)
+        corners = [(x - 1.5 * r, y), (x - 0.9 * r, y - 1.3 * r), (x + 0.7 * r, y - 1.3 * r), (x, y), (x - 1.5 * r, y)]
+        draw.line(corners, fill=frame, width=2 * SCALE)
+        draw.line([(x, y), (x - 0.9 * r, y - 1.3 * r), (x - 1.0 * r, y - 1.7 * r)], fill=frame, width=2 * SCALE)
+        draw.line([(x + 1.2 * r, y), (x + 0.6 * r, y - 1.8 * r), (x + 0.3 * r, y - 1.9 * r)], frame, width=2 * SCALE)
+    elif kind == 2:
+        y = height * rng.uniform(0.68, 0.85)
+        for k in range(14):
+            x, r = width * k / 13, width * rng.uniform(0.08, 0.13)
+            draw.ellipse((x - r, y - r, x + r, height + r), fill=mix((62, 104, 56), (88, 132, 70), rng.random()))
+    else:
+        stranger = draw_person_from_vocabulary(rng)
+        pose = random_pose(rng, yaw=rng.uniform(0, 2 * pi), error=1.0)
+        offset = side * rng.uniform(0.38, 0.6) * width
+        Figure(stranger, pose._replace(x=pose.x + offset, size=pose.size * 1.04), camera).paste_on(image)
+
+
+@lru_cache
+def shadow() -> Image.Image:
+    """A soft dark ellipse, to lie under the feet."""
+    y, x = np.mgrid[-1:1:24j, -1:1:64j]
+    return Image.fromarray((150 * np.clip(1.15 - np.hypot(x, y), 0, 1)).astype(np.uint8))
+
+
+def render(task: Task, seed: int) -> tuple[Image.Image, int]:
+    """One image (64 x 128) and the JPEG quality it is saved with."""
+    camera = CAMERAS[task.camera - 1]
+    key = [seed, task.stream, abs(task.pid), task.camera]
+    track = np.random.default_rng(key)  # what the images of one person in one camera share
+    rng = np.random.default_rng([*key, task.index + 1])
+    person = task.person or draw_person_from_vocabulary(rng)
+
+    views = np.array(camera.views) / sum(camera.views)
+    yaw = track.choice(4, p=views) * pi / 2
+    if rng.random() < 0.25:
+        yaw = rng.choice(4, p=views) * pi / 2
+    place, exposure = track.uniform(0.0, 1.0), track.normal(1.0, 0.08)
+
+    # the box: which part of the scene, and where in it the person stands
+    backdrop = scene(camera.scene)
+    zoom = rng.uniform(0.8, 1.0)
+    w, h = WIDTH * SCALE * zoom, HEIGHT * SCALE * zoom
+    left = np.clip(place + rng.normal(0, 0.05), 0, 1) * (backdrop.width - w)
+    upper = rng.uniform(0, backdrop.height - h)
+    box = (left, upper, left + w, upper + h)
+    image = backdrop.resize((WIDTH * SCALE, HEIGHT * SCALE), Image.Resampling.BILINEAR, box)
+    pose = random_pose(rng, yaw, error=2.0 if rng.random() < 0.15 else 0.7)
+    if task.stream == JUNK:  # a box that caught a part of a person only
+        pose = pose._replace(
+            size=rng.uniform(0.9, 1.6),
+            x=pose.x + WIDTH * SCALE * rng.choice((-1, 1)) * rng.uniform(0.3, 0.6),
+            ground=HEIGHT * SCALE * rng.uniform(0.9, 1.5),
+        )
+    elif rng.random() < 0.12:  # cut feet
+        pose = pose._replace(ground=pose.ground + HEIGHT * SCALE * rng.uniform(0.05, 0.2), size=pose.size * 1.08)
+    if task.stream != DISTRACTOR or rng.random() < 0.6:  # the other distractors are boxes around nothing
+        length = int(0.5 * pose.size * WIDTH * SCALE * 1.3)
+        patch = shadow().resize((length, max(4, length // 4)))
+        corner = (int(pose.x - length / 2 - camera.light * 0.3 * length), int(pose.ground - length / 8))
+        image.paste((24, 24, 30), corner, patch)
+        Figure(person, pose, camera).paste_on(image)
+    if rng.random() < (0.12 if task.stream != DISTRACTOR else 0.4):
+        occlude(image, camera, rng)
+    image = image.reduce(SCALE)
+
+    # the camera
+    if camera.resolution < 1:
+        share = camera.resolution * rng.uniform(0.85, 1.0)
+        small = image.resize((int(WIDTH * share), int(HEIGHT * share)), Image.Resampling.BOX)
+        image = small.resize(image.size, Image.Resampling.BILINEAR)
+    image = image.filter(ImageFilter.GaussianBlur(camera.blur * rng.uniform(0.8, 1.3)))
+    pixels = np.asarray(image, np.float32) / 255
+    if rng.random() < 0.2:  # motion blur, along the way
+        reach = int(rng.integers(2, 5))
+        pixels = np.mean([np.roll(pixels, k - reach // 2, axis=1) for k in range(reach)], axis=0)
+    pixels = pixels**camera.gamma * (np.array(camera.cast, np.float32) * (exposure * rng.normal(1.0, 0.05)))
+    grey = pixels.mean(axis=2, keepdims=True)
+    pixels = grey + camera.saturation * (pixels - grey)
+    pixels = camera.haze + (1 - camera.haze) * pixels + rng.normal(0, camera.noise, pixels.shape)
+    quality = int(rng.integers(60, 93))
+    return Image.fromarray((255 * np.clip(pixels, 0, 1)).astype(np.uint8)), quality
+
+
+# ----------------------------------------------------------------------------------------------------- the folder
+
+
+def tasks(num_ids: int, seed: int) -> list[Task]:
+    """Every image of the data set, in a fixed order and in Market-1501's proportions."""
+    todo = []
+    for stream in (TRAIN, TEST):
+        for number, person in enumerate(people(num_ids, seed, stream)):
+            pid = 2 * number + (2 if stream == TRAIN else 1)  # training pids are even, test pids odd
+            rng = np.random.default_rng([seed, stream, pid, 0])
+            count = rng.choice((2, 3, 4, 5, 6), p=(0.08, 0.14, 0.24, 0.29, 0.25))
+            for camera in sorted(rng.permutation(6)[:count] + 1):
+                sequence, frame = int(rng.integers(1, 7)), int(rng.integers(1, 900))
+                for index in range(1 + rng.poisson(2.84) + (stream == TEST)):
+                    folder = "bounding_box_train" if stream == TRAIN else "bounding_box_test" if index else "query"
+                    name = f"{pid:04d}_c{camera}s{sequence}_{frame * 25 + 25 * index:06d}_{rng.integers(0, 6):02d}.jpg"
+                    todo.append(Task(f"{folder}/{name}", stream, pid, int(camera), index, person))
+    group = people(num_ids, seed, TEST)
+    rng = np.random.default_rng([seed, JUNK])
+    for index in range(round(5.09 * num_ids)):
+        camera, sequence = int(rng.integers(1, 7)), int(rng.integers(1, 7))
+        name = f"-1_c{camera}s{sequence}_{index * 25 + 1:06d}_{rng.integers(0, 6):02d}.jpg"
+        todo.append(Task(f"bounding_box_test/{name}", JUNK, -1, camera, index, group[rng.integers(num_ids)]))
+    for index in range(round(3.73 * num_ids)):
+        camera, sequence = int(rng.integers(1, 7)), int(rng.integers(1, 7))
+        name = f"0000_c{camera}s{sequence}_{index * 25 + 1:06d}_{rng.integers(0, 6):02d}.jpg"
+        todo.append(Task(f"bounding_box_test/{name}", DISTRACTOR, 0, camera, index, None))
+    return todo
+
+
+def draw_tasks(todo: list[Task], folder: Path, seed: int):
+    """Draw and save; yields after every image."""
+    for task in todo:
+        image, quality = render(task, seed)
+        image.save(folder / task.path, quality=quality)
+        yield task
+
+
+def generate(data_dir: str | Path, num_ids: int = 150, seed: int = 0, workers: int | None = None) -> Path:
+    """The folder of the data set with num_ids people in training and as many in test; drawn if it is not there yet.
+
+    It is drawn under a temporary name and renamed when it is whole, so a folder of this name is always complete.
+    workers: processes that draw, by default one per core; the pixels do not depend on it.
+    """
+    if num_ids < 2 or num_ids != int(num_ids):
+        raise ValueError(f"the number of generated identities must be a whole number of at least 2, not {num_ids}")
+    if seed < 0 or seed != int(seed):
+        raise ValueError(f"the seed of the generated pedestrians must be a whole number of at least 0, not {seed}")
+    data_dir = Path(data_dir)
+    name = f"synthetic-v{VERSION}-{num_ids}" + (f"-s{seed}" if seed else "")
+    folder = data_dir / name
+    if folder.is_dir():
+        return folder
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in data_dir.glob(f".{name}.*"):  # of a killed attempt; one that still grows belongs to another process
+        newest = max((path.stat().st_mtime for path in (leftover, *leftover.glob("*"))), default=0.0)
+        if time.time() - newest > 3600:
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = data_dir / f".{name}.{uuid.uuid4().hex}"
+    try:
+        for part in FOLDERS:
+            (temporary / part).mkdir(parents=True)
+        draw_all(temporary, num_ids, seed, workers)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, with the same pixels
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def draw_all(folder: Path, num_ids: int, seed: int, workers: int | None):
+    """Draw every image into folder, in this process for a tiny set, else in several that import nothing but this file.
+
+    Plain subprocesses rather than multiprocessing: nothing is forked after torch was imported, and the caller's
+    script is not imported again. All of them write one byte per image into one pipe; it closes with the last of them.
+    """
+    todo = tasks(num_ids, seed)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or (1 if len(todo) < 1000 else cores)
+    with tqdm(total=len(todo), desc=f"drawing {num_ids} + {num_ids} people", unit="image") as bar:
+        if workers == 1:
+            for _ in draw_tasks(todo, folder, seed):
+                bar.update()
+            return
+        read_end, write_end = os.pipe()
+        command = [sys.executable, __file__, "--worker", str(folder), str(num_ids), str(seed), str(workers)]
+        processes = [subprocess.Popen([*command, str(k)], stdout=write_end) for k in range(workers)]
+        os.close(write_end)
+        try:
+            with open(read_end, "rb", buffering=0) as progress:
+                while done := progress.read(4096):
+                    bar.update(len(done))
+            if any(process.wait() for process in processes):
+                raise RuntimeError(f"the generated pedestrians could not be drawn into {folder.parent}: see above")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def worker(folder: str, num_ids: int, seed: int, workers: int, number: int):
+    try:
+        for _ in draw_tasks(tasks(num_ids, seed)[number::workers], Path(folder), seed):
+            os.write(1, b".")
+    except BrokenPipeError:  # the process that waits for the images is gone
+        pass
+
+
+def contact_sheet(path: str | Path, seed: int = 0, num_people: int = 5):
+    """A picture to look at: rows are people, each with its near twin below; columns are cameras, two images each."""
+    num_ids = 40
+    group = people(num_ids, seed, TEST)
+    twins = int(num_ids * TWIN_SHARE / 2)
+    rows = [person for k in range(num_people) for person in (group[k], group[num_ids - twins + k])]
+    gap = 4
+    sheet = Image.new("RGB", (12 * (WIDTH + gap) + 5 * 3 * gap, len(rows) * (HEIGHT + gap) + num_people * 3 * gap), "white")
+    for number, person in enumerate(rows):
+        for column in range(12):
+            camera, index = column // 2 + 1, column % 2
+            image, _ = render(Task("", TEST, 900 + number, camera, index, person), seed)
+            x = column * (WIDTH + gap) + (column // 2) * 3 * gap
+            sheet.paste(image, (x, number * (HEIGHT + gap) + (number // 2) * 3 * gap))
+    sheet.save(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="draw the generated pedestrians, or a sheet of examples")
+    parser.add_argument("--data-dir", default="datasets", help="folder that holds the data sets")
+    parser.add_argument("--num-ids", type=int, default=150, help="people in training, and as many in test")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--contact-sheet", metavar="FILE", help="write a PNG of examples instead")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker[0], *(int(number) for number in args.worker[1:]))
+    elif args.contact_sheet:
+        contact_sheet(args.contact_sheet, args.seed)
+    else:
+        print(generate(args.data_dir, args.num_ids, args.seed))
