@@ -14,13 +14,32 @@ from torch import Tensor, nn
 
 from losses.arcface import ArcFaceLoss
 from losses.center import CenterLoss
+from losses.cosface import CosFaceLoss
+from losses.focal import FocalLoss
+from losses.histogram import HistogramLoss
+from losses.multi_similarity import MultiSimilarityLoss
+from losses.npair import NPairLoss
 from losses.softmax import SoftmaxLoss
+from losses.sphereface import SphereFaceLoss
 from losses.triplet import TripletLoss
+
+
+def sphereface_m1(num_classes: int, embedding_dim: int) -> SphereFaceLoss:
+    """A-softmax without a margin: lambda has no effect, so it has no argument of its own."""
+    return SphereFaceLoss(num_classes, embedding_dim, margin=1)
+
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {
     "softmax": SoftmaxLoss,
     "triplet": TripletLoss,
     "center": CenterLoss,
+    "npair": NPairLoss,
+    "histogram": HistogramLoss,
+    "focal": FocalLoss,
+    "multi_similarity": MultiSimilarityLoss,
+    "sphereface_m1": sphereface_m1,
+    "sphereface": SphereFaceLoss,
+    "cosface": CosFaceLoss,
     "arcface": ArcFaceLoss,
 }
 
@@ -42,7 +61,7 @@ TWELVE = (
 
 
 class SumLoss(nn.Module):
-    """Weighted sum of losses on the same embeddings; each term is a submodule named after its loss (`softmax.weight`)"""
+    """Weighted sum of losses on the same embeddings; each term is a submodule named after its loss (softmax.weight)"""
 
     def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float]):
         super().__init__()

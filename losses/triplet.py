@@ -1,7 +1,7 @@
 """Batch-hard triplet loss: per anchor, the farthest positive must be nearer than the nearest negative by a margin.
 
 Hermans, Beyer & Leibe, "In Defense of the Triplet Loss for Person Re-Identification", 2017,
-https://arxiv.org/abs/1703.07737, Eq. 5 (soft margin: section 2):
+https://arxiv.org/abs/1703.07737, the batch hard loss L_BH of section 2, and its soft margin:
 
     d+ = max over p != a, y_p = y_a of d_ap,   d- = min over y_n != y_a of d_an
     L = mean over anchors a of   max(0, margin + d+ - d-)         with a margin
