@@ -28,12 +28,13 @@ from PIL import Image, UnidentifiedImageError
 from tabulate import tabulate
 from tqdm import tqdm
 
-from data import DATASETS, dukemtmc, market1501
+from data import dukemtmc, market1501
 from data.images import MAX_PIXELS, BadImage, decode
 from data.records import Record
 
 SUFFIXES = {".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".png": ("PNG",)}  # MPO: a JPEG with a second picture
 CLUTTER = ("thumbs.db", "desktop.ini")  # and hidden files: left by file managers, not worth a remark
+READERS = {"market": market1501, "duke": dukemtmc, "synthetic": market1501}  # synthetic: in Market-1501's layout
 TINY = 8  # pixels
 MODES = {"1": "grey", "L": "grey", "LA": "grey", "P": "palette", "RGBA": "transparent", "CMYK": "CMYK"}
 PROBLEMS = (
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", choices=DATASETS, help="synthetic: generated first, if it is not there yet")
+    parser.add_argument("dataset", choices=READERS, help="synthetic: generated first, if it is not there yet")
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error("--workers: at least one thread is needed")
-    reader = sys.modules[{"duke": dukemtmc}.get(args.dataset, market1501).__module__]
+    reader = sys.modules[READERS[args.dataset].__module__]
     try:
         root = args.data_dir
         if args.dataset == "synthetic":
@@ -312,7 +313,7 @@ def print_report(report: Report, all_remarks: bool = False) -> None:
         print()
         rows = sorted(numbers.items(), key=lambda item: (item[0] not in PROBLEMS, item[0]))
         print(tabulate([("problem" if k in PROBLEMS else "remark", k, n) for k, n in rows], ["", "what", "number"]))
-    print(f"\n{len(report.problems):,} problems, {len(report.remarks):,} remarks")
+    print(f"\nproblems: {len(report.problems):,}, remarks: {len(report.remarks):,}")
 
 
 if __name__ == "__main__":
