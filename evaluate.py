@@ -108,7 +108,7 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     return model.to(device, memory_format=torch.channels_last).eval(), args
 
 
-def parse_flags() -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what to score: one of the two
     source = parser.add_mutually_exclusive_group(required=True)
@@ -125,14 +125,14 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode images")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.features and (args.dataset or args.data_dir or args.save_features):
         parser.error("--features needs no images: leave --dataset, --data-dir and --save-features out")
     return args
 
 
-def main() -> None:
-    args = parse_flags()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_flags(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.features:
         features = load_features(args.features)

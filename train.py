@@ -161,9 +161,9 @@ def learning_rate_factor(epoch: int, milestones: list[int]) -> float:
     return 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    explicit = vars(parser.parse_args())
+    explicit = vars(parser.parse_args(argv))
     resume, run_dir = explicit.pop("resume", False), explicit.pop("run_dir", None)
     show_recipe = explicit.pop("show_recipe", False)
     saved = {}
@@ -190,7 +190,7 @@ def main() -> None:
             before = saved["explicit"].get(key, saved[key])
             if value != before and key not in HARMLESS:
                 flag = f"--{key.replace('_', '-')}"
-                parser.error(f"{run_dir} began with {flag} {before}, not {value}: leave {flag} out or start another run")
+                parser.error(f"{run_dir} began with {flag} {before}, not {value}: leave it out or start another run")
         args = {**saved, **{key: value for key, value in explicit.items() if key in HARMLESS}}
         explicit = saved["explicit"]
     if (run_dir / "result.json").is_file():
@@ -257,10 +257,11 @@ def main() -> None:
             loss_fn.load_state_dict(checkpoint["loss"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             first_epoch = checkpoint["epoch"]
+            print(f"{run_dir}: going on after epoch {first_epoch} of {args['epochs']}")
+        if (run_dir / "log.jsonl").is_file():  # lines of epochs that the checkpoint does not know are cut off
             lines = (run_dir / "log.jsonl").read_text().splitlines()[:first_epoch]
             log = [json.loads(line) for line in lines]
             write_atomically(run_dir / "log.jsonl", lambda file: file.write("".join(f"{e}\n" for e in lines).encode()))
-            print(f"{run_dir}: going on after epoch {first_epoch} of {args['epochs']}")
         print(f"{args['dataset']}: {len(records):,} training images of {num_classes:,} identities (kept in "
               f"{images_of.where}), {len(split.query):,} queries, {len(split.gallery):,} gallery images")  # fmt: skip
         print(f"{' '.join([args['loss'], *args['loss_args']])} on {args['arch']} {args['height']}x{args['width']}, "

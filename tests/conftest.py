@@ -1,0 +1,39 @@
+"""A tiny data set in Market's layout for the tests that train: PNG files, so that no JPEG library changes a pixel."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+QUICK = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--workers", "1"]
+
+
+def write_tiny_market(root, num_ids=6, images_per_camera=3, num_cameras=3):
+    """num_ids people in training and as many in test, one flat colour and a bar each, seen by num_cameras cameras."""
+    rng = np.random.default_rng(0)
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        (root / folder).mkdir(parents=True)
+    for pid in range(1, 2 * num_ids + 1):
+        colour, row = rng.integers(0, 255, 3), rng.integers(0, 28)
+        for camid in range(1, num_cameras + 1):
+            cast = rng.integers(-40, 40, 3)
+            for index in range(images_per_camera):
+                pixels = np.clip(colour + cast + rng.normal(0, 20, (32, 16, 3)), 0, 255).astype(np.uint8)
+                pixels[row : row + 4] = 255 - pixels[row : row + 4]
+                folder = "bounding_box_train" if pid <= num_ids else "bounding_box_test" if index else "query"
+                Image.fromarray(pixels).save(root / folder / f"{pid:04}_c{camid}s1_{index:06}_00.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_market(tmp_path_factory):
+    return write_tiny_market(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def flags(tiny_market, tmp_path):
+    """train.py's flags for a run of seconds: 6 people, 54 images, 3 steps an epoch."""
+    return ["--dataset", "market", "--data-dir", str(tiny_market), *QUICK, "--p", "4", "--k", "4",
+            "--run-dir", str(tmp_path / "run")]  # fmt: skip

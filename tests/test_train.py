@@ -1,0 +1,253 @@
+"""train.py and evaluate.py, for real, on a tiny data set: run folder, resuming, stopping, flags."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from losses import LOSSES, TWELVE
+
+pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # the tiny set has other counts, and says so
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = ["rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP", "num_queries"]
+TIMES = ("seconds", "images_per_second")
+
+
+def run(*flags):
+    train.main([str(flag) for flag in flags])
+
+
+def read_log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def read_state(folder):
+    """Every tensor of last.pt, the loss's with a prefix."""
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    return {**checkpoint["model"], **{f"loss.{key}": value for key, value in checkpoint["loss"].items()}}
+
+
+def test_a_run_from_images_to_metrics(flags, tmp_path, capsys):
+    run("--loss", "softmax+triplet", "--epochs", 2, "--eval-every", 1, *flags)
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [
+        "args.json", "last.pt", "log.jsonl", "result.json"]  # fmt: skip
+    args = json.loads((folder / "args.json").read_text())
+    assert args["epochs"] == 2 and args["milestones"] == [1, 2] and args["environment"]["torch"] == torch.__version__
+    log = read_log(folder)
+    assert [line["epoch"] for line in log] == [1, 2]
+    assert log[0]["lr"] == 3.5e-4 and log[1]["lr"] == pytest.approx(3.5e-5)
+    result = json.loads((folder / "result.json").read_text())
+    assert all(0 <= result[key] <= 1 for key in METRICS[:-1]) and result["num_queries"] == 18
+    assert result["row"] == "softmax+triplet" and len(result["log"]) == 2
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    assert sorted(checkpoint) == ["args", "epoch", "loss", "model"]  # a finished run keeps no optimizer
+    out = capsys.readouterr().out
+    assert "54 training images of 6 identities" in out and "rank-1" in out
+
+    evaluate.main(["--run", str(folder)])  # the same network, the same numbers
+    assert json.loads((folder / "evaluation_market.json").read_text()) == {key: result[key] for key in METRICS}
+
+
+def test_features_saved_and_scored_without_the_network(flags, tmp_path, capsys):
+    run("--loss", "softmax", "--epochs", 0, *flags)
+    expected = json.loads((tmp_path / "run" / "result.json").read_text())["mAP"]
+    for target in ("features.npz", "features"):
+        evaluate.main(["--run", str(tmp_path / "run"), "--save-features", str(tmp_path / target)])
+        capsys.readouterr()
+        evaluate.main(["--features", str(tmp_path / target)])
+        assert f"{100 * expected:.2f}" in capsys.readouterr().out
+
+
+def test_training_learns(flags, tmp_path):
+    run("--loss", "softmax", "--epochs", 10, *flags)
+    log = read_log(tmp_path / "run")
+    assert len(log) == 10 and log[-1]["loss"] < log[0]["loss"] / 4
+
+
+def test_same_seed_same_weights_other_seed_others(flags, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("--loss", "triplet", "--epochs", 1, *flags, "--run-dir", tmp_path / name, "--seed", seed)
+    a, b, c = (read_state(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+
+
+class Killed(BaseException):
+    """Stands in for a process that ends at once."""
+
+
+@pytest.mark.parametrize("loss", ["softmax+center", "sphereface"])
+@pytest.mark.parametrize("moment", ["before any checkpoint", "after a log line", "after a checkpoint", "at the end"])
+def test_a_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch, loss, moment):
+    """Weights, centers, SphereFace's step, log and result are equal bit for bit."""
+    run("--loss", loss, "--epochs", 3, "--eval-every", 1, *flags, "--run-dir", tmp_path / "whole")
+    save, calls = train.save_checkpoint, []
+
+    def dying_save(path, content):
+        calls.append(path)
+        if moment == "before any checkpoint" or (moment == "after a log line" and len(calls) == 2):
+            raise Killed
+        save(path, content)
+        if moment == "after a checkpoint" and len(calls) == 2 or len(calls) == 3:
+            raise Killed
+
+    monkeypatch.setattr(train, "save_checkpoint", dying_save)
+    with pytest.raises(Killed):
+        run("--loss", loss, "--epochs", 3, "--eval-every", 1, *flags)
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "result.json").exists()
+    run("--resume", "--run-dir", tmp_path / "run")
+    whole, resumed = read_state(tmp_path / "whole"), read_state(tmp_path / "run")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
+    assert [results[0][key] for key in METRICS] == [results[1][key] for key in METRICS]
+
+
+def test_resuming_a_finished_run_prints_its_result(flags, tmp_path, capsys):
+    run("--loss", "softmax", "--epochs", 0, *flags)
+    capsys.readouterr()
+    run("--loss", "softmax", "--epochs", 0, *flags, "--resume")
+    assert "(finished)" in capsys.readouterr().out
+
+
+def test_resume_refuses_a_contradicting_flag(flags, tmp_path, capsys):
+    run("--loss", "softmax", "--epochs", 0, *flags)
+    for flag, value, before in [("--lr", 0.01, 0.00035), ("--epochs", 5, 0), ("--loss", "triplet", "softmax")]:
+        with pytest.raises(SystemExit) as stopped:
+            run("--resume", "--run-dir", tmp_path / "run", flag, value)
+        assert stopped.value.code == 2
+        assert f"began with {flag} {before}, not {value}" in capsys.readouterr().err
+    run("--resume", "--run-dir", tmp_path / "run", "--workers", 2)  # changes no number
+
+
+def test_an_existing_run_folder_stops_the_script(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="exists: go on with it"):
+        run("--loss", "softmax", *flags)
+    run("--loss", "softmax", "--epochs", 0, *flags, "--resume")  # nothing there yet: it begins
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"not finite at epoch 1, step [123]: try a smaller --lr"):
+        run("--loss", "softmax", "--epochs", 2, "--lr", 1e30, *flags)
+    assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_first_bad_step_is_named_and_the_checkpoint_before_is_kept(flags, tmp_path, monkeypatch):
+    """The loss turns NaN at the second step of the second epoch."""
+    build = train.build_loss
+
+    def build_failing(*args):
+        loss_fn, calls = build(*args), []
+        forward = loss_fn.forward
+
+        def failing(embeddings, labels):
+            calls.append(1)
+            return forward(embeddings, labels) * (float("nan") if len(calls) >= 5 else 1.0)
+
+        loss_fn.forward = failing
+        return loss_fn
+
+    monkeypatch.setattr(train, "build_loss", build_failing)
+    with pytest.raises(FloatingPointError, match="epoch 2, step 2:"):
+        run("--loss", "softmax", "--epochs", 3, *flags)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
+    assert len(read_log(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("row", TWELVE)
+def test_every_parameter_and_buffer_of_every_loss_moves(flags, tmp_path, row):
+    """One epoch of three real steps: class weights, biases, centers and SphereFace's step all change."""
+    if any(name not in LOSSES for name in row.split("+")):
+        pytest.fail(f"{row} is missing from LOSSES")
+    run("--loss", row, "--epochs", 0, *flags, "--run-dir", tmp_path / "before")
+    run("--loss", row, "--epochs", 1, *flags)
+    before, after = read_state(tmp_path / "before"), read_state(tmp_path / "run")
+    assert before.keys() == after.keys()
+    still = [key for key in before if torch.equal(before[key], after[key])]
+    assert not still
+
+
+def test_random_sampler_and_random_crop(flags, tmp_path):
+    flags = [flag for flag in flags if flag not in ("--p", "--k", "4")]
+    run("--loss", "softmax", "--recipe", "published", "--epochs", 1, "--batch-size", 25, *flags)
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["sampler"] == "random" and args["random_crop"] and args["milestones"] == [20, 40]
+
+
+def test_held_out_identities(flags, tmp_path):
+    """A third of the six training identities is scored; the others are trained on."""
+    flags = ["2" if before == "--p" else flag for before, flag in zip([None, *flags], flags, strict=False)]
+    run("--loss", "softmax", "--eval-on", "val", "--epochs", 0, *flags)
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["num_classes"] == 4 and len(args["val_pids"]) == 2 and max(args["val_pids"]) <= 6
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["num_queries"] == 6
+    evaluate.main(["--run", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (["--loss", "arcfac"], "arcface"),
+        (["--loss", "arcface", "--loss-args", "marginn=1"], "margin"),
+        (["--loss", "arcface", "--loss-args", "margin=large"], "margin"),
+        (["--loss", "softmax", "--batch-size", "8"], "--batch-size belongs to --sampler random"),
+        (["--loss", "softmax", "--lr", "-1"], "--lr"),
+        (["--loss", "softmax", "--lr", "nan"], "--lr"),
+        (["--loss", "softmax", "--epochs", "1.5"], "--epochs"),
+        (["--loss", "softmax", "--arch", "vgg"], "resnet50"),
+        (["--loss", "softmax", "--dataset", "marked"], "duke"),
+        (["--loss", "softmax", "--p", "1", "--k", "1"], "at least 2 images"),
+        ([], "--loss and --dataset are needed"),
+    ],
+)
+def test_wrong_flags_are_answered_with_one_sentence(flags, tmp_path, capsys, bad, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(*flags, *bad)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def script(*flags, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=environment, **options)  # fmt: skip
+
+
+def test_missing_data_set_is_one_sentence(tmp_path):
+    process = script("--loss", "softmax", "--dataset", "market", "--data-dir", tmp_path / "nowhere", cwd=tmp_path)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 1 and len(error.splitlines()) == 1 and "bounding_box_train" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sigterm_ends_after_the_step_and_says_how_to_go_on(flags, tmp_path):
+    process = script("--loss", "softmax", "--epochs", 1000, *flags)
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    finished = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"]
+    assert f"goes on from epoch {finished + 1}" in out.splitlines()[-1]
+
+
+def test_two_processes_in_one_run_folder(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    with train.locked(tmp_path / "run"), pytest.raises(ValueError, match="in use by another process"):
+        run("--loss", "softmax", "--epochs", 0, "--resume", *flags)
