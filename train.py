@@ -245,8 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     with locked(run_dir):
         if not saved:
             args |= {"explicit": explicit, "environment": environment(device), "num_classes": num_classes}
-            if args["eval_on"] == "val":
-                args["val_pids"] = sorted({record.pid for record in split.query})
+            args["val_pids"] = sorted({record.pid for record in split.query}) if args["eval_on"] == "val" else []
             save_json(run_dir / "args.json", args)
         first_epoch, log = 0, []
         if (run_dir / "last.pt").is_file():

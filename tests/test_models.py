@@ -29,7 +29,7 @@ def test_resnet_embedding_is_torchvisions_before_its_classifier():
 def test_last_stride_is_two():
     model = build_model("resnet50")
     with torch.inference_mode():
-        assert model[:-1](torch.rand(1, 3, 256, 128)).shape[2:] == (8, 4)  # 1/32 of the input; stride 1 would give 16 x 8
+        assert model[:-1](torch.rand(1, 3, 256, 128)).shape[2:] == (8, 4)  # 1/32; stride 1 would give 16 x 8
 
 
 def test_embeddings_are_float32_under_autocast():

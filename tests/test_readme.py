@@ -1,0 +1,83 @@
+"""The README can't rot: its commands parse, its files exist, it stays short."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from losses import TWELVE
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    """Every shell line of the README's code blocks, continuation lines joined, comments cut off."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def python_calls(script):
+    """The argument lists that the README gives to a script."""
+    calls = []
+    for line in commands():
+        for part in line.split("&&"):
+            words = [word for word in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=.*", word)]
+            if words[:2] == ["python", script]:
+                calls.append(words[2:])
+    return calls
+
+
+def test_the_two_set_up_commands_are_there_once():
+    for start in ("pip install -r requirements.txt && python train.py ",
+                  "pip install -r tests/requirements.txt && python -m pytest"):  # fmt: skip
+        assert sum(line.startswith(start) for line in commands()) == 1, start
+
+
+def test_every_training_command_resolves():
+    calls = python_calls("train.py")
+    assert len(calls) >= 3
+    for call in calls:
+        explicit = vars(train.build_parser().parse_args(call))
+        if "resume" not in explicit:
+            train.resolve_flags(explicit)
+
+
+def test_every_evaluation_command_parses():
+    import evaluate
+
+    calls = python_calls("evaluate.py")
+    assert len(calls) >= 3
+    for call in calls:
+        evaluate.parse_flags(call)
+
+
+def test_every_script_and_file_exists():
+    for line in commands():
+        for name in re.findall(r"(?:python|bash) ((?:\w+/)*\w+\.(?:py|sh))", line):
+            assert (ROOT / name).is_file(), line
+        for module in re.findall(r"python -m ((?:data|utils)\.\w+)", line):
+            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), line
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("row", TWELVE)
+def test_the_table_of_losses_has_every_row(row):
+    assert re.search(rf"^\| `{re.escape(row)}` \|", README, flags=re.M)
+
+
+def test_copy_a_loss_example_runs():
+    """The lines under "Copy a loss", as they stand, run and give a loss with a gradient for the embeddings."""
+    (block,) = re.findall(r"## Copy a loss.*?```python\n(.*?)```", README, flags=re.S)
+    prelude = "import torch\nembeddings = torch.randn(8, 2048, requires_grad=True)\nlabels = torch.arange(8) % 4\n"
+    names = {}
+    exec(prelude + block.replace("from arcface import", "from losses.arcface import"), names)
+    assert names["loss"].isfinite() and names["embeddings"].grad.abs().sum() > 0
+
+
+def test_short():
+    assert len(README.splitlines()) < 250
