@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,13 +73,15 @@ def test_the_table_of_losses_has_every_row(row):
     assert re.search(rf"^\| `{re.escape(row)}` \|", README, flags=re.M)
 
 
-def test_copy_a_loss_example_runs():
-    """The lines under "Copy a loss", as they stand, run and give a loss with a gradient for the embeddings."""
+def test_copy_a_loss_example_runs(tmp_path):
+    """The lines under "Copy a loss", as they stand, beside a copied file in an otherwise empty folder."""
     (block,) = re.findall(r"## Copy a loss.*?```python\n(.*?)```", README, flags=re.S)
-    prelude = "import torch\nembeddings = torch.randn(8, 2048, requires_grad=True)\nlabels = torch.arange(8) % 4\n"
-    names = {}
-    exec(prelude + block.replace("from arcface import", "from losses.arcface import"), names)
-    assert names["loss"].isfinite() and names["embeddings"].grad.abs().sum() > 0
+    assert len(block.splitlines()) == 4
+    shutil.copy(ROOT / "losses/arcface.py", tmp_path)
+    before = "import torch\nembeddings = torch.randn(8, 2048, requires_grad=True)\nlabels = torch.arange(8) % 4\n"
+    after = "assert loss.isfinite() and embeddings.grad.abs().sum() > 0 and loss_fn.weight.grad.abs().sum() > 0\n"
+    (tmp_path / "loop.py").write_text(before + block + after)
+    subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, check=True, timeout=120)
 
 
 def test_short():
