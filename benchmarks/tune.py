@@ -164,13 +164,13 @@ def report(trials: dict[str, dict]) -> str:
                 won = "best" if best.get(row) is t else ""
                 lines.append([name, f"{100 * t['rank1']:.1f}", f"{100 * t['mAP']:.1f}", f"{t['seconds']:.0f}", won])
     table = tabulate(lines, ["trial", "rank-1", "mAP", "seconds", ""], disable_numparse=True)
-    rows = "\n".join(f'"{row}@synthetic": {json_like(trial["values"])},' for row, trial in best.items())
-    return f"{table}\n\nFor the controlled recipe (losses with all candidates done):\n\n{rows or '(none yet)'}"
+    return f"{table}\n\nFor the controlled recipe (losses with all candidates done):\n\n{source(best) or '(none yet)'}"
 
 
-def json_like(values: dict) -> str:
-    """A dict as Python source with double quotes, as in utils/recipes.py."""
-    return repr(values).replace("'", '"')
+def source(best: dict[str, dict]) -> str:
+    """Winners as rows of utils/recipes.py, with its double quotes."""
+    rows = [f'"{row}@synthetic": {trial["values"]!r},'.replace("'", '"') for row, trial in best.items()]
+    return "\n".join(rows)
 
 
 def main() -> int:

@@ -283,7 +283,7 @@ def verdict(entry: dict) -> str:
     if entry["p"] is None:
         return "no test"
     p = "p < 0.001" if entry["p"] < 0.001 else f"p = {entry['p']:.3f}"
-    return f"lower, {p}" if entry["p"] < LEVEL else f"not distinguishable, {p}"
+    return f"lower, {p}" if entry["p"] < LEVEL else f"= best, {p}"
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
@@ -353,8 +353,8 @@ def markdown(groups: dict[str, dict[str, dict[int, dict]]]) -> str:
     parts.append(
         "Percent; mean ± half of the 95 % interval over n seeds (Student's t). Training time: mean of the training "
         "epochs of a run, without decoding and scoring. The commands are those of the first seed. Against the best: "
-        "paired t-test of mAP over common seeds, p values after Holm's correction, level 0.05. "
-        "Published: one run per cell, another schedule and batch for some rows.\n"
+        "paired t-test of mAP over common seeds, Holm-corrected; = best: not distinguishable at 5 %. "
+        "Published: one run per cell, other settings for some rows.\n"
     )
     return "\n".join(parts)
 
