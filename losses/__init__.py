@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
 
 from losses.arcface import ArcFaceLoss
@@ -71,6 +72,8 @@ class SumLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """embeddings (B, D) float, labels (B,) integer -> scalar."""
+        # cast once, so that the gradients of the terms are added in float32
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return sum(weight * self.get_submodule(name)(embeddings, labels) for name, weight in self.weights.items())
 
 
@@ -142,7 +145,10 @@ def settable_arguments(name: str) -> dict[str, inspect.Parameter]:
 
 def describe_arguments(name: str) -> str:
     """"arcface: scale=64.0, margin=0.5", as shown in help texts and error messages."""
-    allowed = ", ".join(f"{key}={parameter.default}" for key, parameter in settable_arguments(name).items())
+    allowed = ", ".join(
+        f"{key}={parameter.default}{' (or None)' if type(None) in get_args(parameter.annotation) else ''}"
+        for key, parameter in settable_arguments(name).items()
+    )
     return f"{name}: {allowed or 'no arguments'}"
 
 

@@ -23,6 +23,8 @@ class CenterLoss(nn.Module):
 
     def __init__(self, num_classes: int, embedding_dim: int, alpha: float = 0.5):
         super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
         self.alpha = alpha
         self.register_buffer("centers", torch.zeros(num_classes, embedding_dim))
 
