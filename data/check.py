@@ -252,9 +252,8 @@ def check_counted(
         if not images and wanted is None and name not in records:
             continue  # no distractors or junk, and none expected
         rows.append((name, *found, *(wanted or (None, None))))
-        if wanted not in (None, found) and records.get(
-            name, records["gallery"]
-        ):  # a missing folder is reported as such
+        folder_records = records.get(name, records["gallery"])  # none: a missing folder, and reported as such
+        if folder_records and wanted not in (None, found):
             text = f"{name}: {found[1]:,} images of {found[0]:,} identities instead of {wanted[1]:,} of {wanted[0]:,}"
             findings.append(Finding("count", text))
     return rows, findings

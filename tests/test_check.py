@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data import dukemtmc, load_dataset, market1501
-from data.check import CLUTTER, PROBLEMS, check, main
+from data.check import CLUTTER, PROBLEMS, check, examine, main
 from data.images import BadImage, decode
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +203,26 @@ def test_training_goes_on_where_the_check_has_a_remark(folder, kind, capsys):
     report = check(folder, MARKET, check_counts=False)
     assert report.problems == [] and [finding.kind for finding in report.remarks] == [kind.split(",")[0]]
     assert decode(path, [(8, 4)])[0].shape == (8, 4, 3)
+    main(["market", "--data-dir", str(folder)])
+    assert f"remark: {kind.split(',')[0]}: {path}" in capsys.readouterr().out
+
+
+def test_remarks_alone_are_exit_code_0(folder):
+    (folder / TRAIN / "readme.txt").touch()
+    assert [finding.kind for finding in check(folder, MARKET).remarks] == ["ignored"]
+    assert main(["market", "--data-dir", str(folder)]) == 0
+
+
+def test_a_pipe_does_not_stop_the_check(tmp_path):
+    """To open it would mean to wait for somebody who writes into it."""
+    os.mkfifo(tmp_path / "0007_c1s1_000001_00.jpg")
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.extend(examine(tmp_path / "0007_c1s1_000001_00.jpg")[1]), daemon=True
+    )
+    thread.start()
+    thread.join(timeout=20)
+    assert [finding.kind for finding in found] == ["unreadable file"]
 
 
 def test_a_decoder_that_raises_anything(folder, monkeypatch):
@@ -331,7 +352,7 @@ def test_synthetic(folder, monkeypatch, capsys):
         return folder
 
     monkeypatch.setattr("data.synthetic.generate", generate)
-    monkeypatch.setattr(MARKET, "COUNTS", {})
+    monkeypatch.setattr(MARKET, "COUNTS", {**CLEAN_COUNTS, "train": (751, 12936)})
     assert main(["synthetic", "--data-dir", "somewhere", "--synthetic-ids", "7"]) == 0
     assert asked == [(Path("somewhere"), 7)] and "problems: 0" in capsys.readouterr().out
 
