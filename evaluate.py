@@ -22,11 +22,15 @@ from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
 from models import build_model
-from utils.checkpoint import check_fit, load_checkpoint, load_json, save_json
+from utils.checkpoint import check_fit, check_same_run, load_checkpoint, load_json, save_json
+from utils.environment import find_device
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.ranking import rank_metrics
 
 BATCH_SIZE = 128  # images embedded at a time
+METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP", "num_queries")
+RUN_KEYS = ("arch", "height", "width", "amp", "loss", "dataset", "data_dir", "synthetic_ids", "seed", "epochs",
+            "eval_on", "metric", "ignore_cameras")  # fmt: skip
 
 
 @torch.inference_mode()
@@ -88,9 +92,8 @@ def score(features: Features, metric: str = "cosine", ignore_cameras: bool = Fal
 def metrics_table(metrics: dict[str, float], title: str) -> str:
     """One row of percents under the metrics' names in prose."""
     names = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "rank20": "rank-20"}
-    keys = ["rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP"]
-    row = [title, *(100 * metrics[key] for key in keys), metrics["num_queries"]]
-    headers = ["", *(names.get(key, key) for key in keys), "valid queries"]
+    row = [title, *(100 * metrics[key] for key in METRICS[:-1]), metrics["num_queries"]]
+    headers = ["", *(names.get(key, key) for key in METRICS[:-1]), "valid queries"]
     return tabulate([row], headers, floatfmt=".2f")
 
 
@@ -98,14 +101,22 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """The trained backbone of a run folder, in eval mode, and the run's flags."""
     if not (run_dir / "args.json").is_file():
         raise FileNotFoundError(f"{run_dir} is not a run folder: it has no args.json")
-    args = load_json(run_dir / "args.json")
+    args = load_json(run_dir / "args.json", RUN_KEYS)
     checkpoint = load_checkpoint(run_dir / "last.pt")
+    check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "height", "width", "seed"))
     model = build_model(args["arch"], "none")
     check_fit(run_dir / "last.pt", "model", checkpoint["model"], model.state_dict())
     model.load_state_dict(checkpoint["model"])
     if checkpoint["epoch"] < args["epochs"]:
         print(f"{run_dir} is not finished: this is the network after epoch {checkpoint['epoch']} of {args['epochs']}")
     return model.to(device, memory_format=torch.channels_last).eval(), args
+
+
+def workers(text: str) -> int:
+    """An argparse type: 0 (the calling thread decodes) or more."""
+    if not 0 <= int(text) < 2**31:
+        raise ValueError
+    return int(text)
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -124,8 +135,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode images")
+    parser.add_argument("--workers", type=workers, default=os.cpu_count() or 1, help="threads that decode images")
     args = parser.parse_args(argv)
+    if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
+        parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")
     if args.features and (args.dataset or args.data_dir or args.save_features):
         parser.error("--features needs no images: leave --dataset, --data-dir and --save-features out")
     return args
@@ -133,7 +146,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.features:
         features = load_features(args.features)
         print(metrics_table(score(features, args.metric or "cosine", args.ignore_cameras), str(args.features)))
@@ -161,9 +174,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("evaluate.py: out of memory on the device: try --device cpu")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: stopped")

@@ -25,11 +25,11 @@ from data import DATASETS, load_dataset
 from data.holdout import holdout
 from data.images import TrainingImages, find_bad_images
 from data.sampler import PKSampler, RandomSampler
-from evaluate import embed_split, metrics_table, score
+from evaluate import METRICS, embed_split, metrics_table, score
 from losses import LOSSES, build_loss, row_name, with_default_weights
 from models import ARCHS, build_model
-from utils.checkpoint import check_fit, load_checkpoint, load_json, locked, save_checkpoint, save_json, write_atomically
-from utils.environment import environment
+from utils.checkpoint import check_writable, load_json, locked, resume_run, save_checkpoint, save_json, save_log
+from utils.environment import digest_of_names, environment, find_device
 from utils.recipes import RECIPES, command_line, recipe_defaults, resolve_loss_args
 from utils.seed import seed_everything, set_determinism
 
@@ -67,15 +67,16 @@ DEFAULTS = {  # a recipe's row replaces some of these, an explicit flag replaces
     "eval_every": 0,
 }
 HARMLESS = {"data_dir", "workers", "cache"}  # may differ when a run is resumed: they change no number
+RUN_KEYS = {*DEFAULTS, "loss", "dataset", "loss_args", "explicit", "environment", "num_classes"}  # of args.json
 LOG_EVERY = 20  # steps between two looks at the loss; between them nothing waits for the device
 
 
 def number(kind: type, zero: bool = False):
-    """An argparse type: a finite int or float above zero (or zero, if allowed)."""
+    """An argparse type: a finite int (that fits 63 bits) or float above zero (or zero, if allowed)."""
 
     def convert(text: str):
         value = kind(text)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        if not 0 <= value < (2**63 if kind is int else math.inf) or (value == 0 and not zero):
             raise ValueError
         return value
 
@@ -109,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(int, zero=True), help="passes over the training images (default: the recipe's, 60)")
     add("--lr", type=number(float), help="Adam's learning rate (default: the recipe's)")
     add("--weight-decay", type=number(float, zero=True), help="Adam's L2 penalty (default: the recipe's, 5e-4)")
-    add("--milestones", type=int, nargs="*", help="epochs after which lr falls to a tenth (default: 1/3, 2/3)")
+    add("--milestones", type=number(int, zero=True), nargs="*", help="epochs after which lr falls to a tenth")
     add("--sampler", choices=("random", "pk"), help="random images, or P identities x K images (default: the recipe's)")
     add("--batch-size", type=number(int), help="images per batch of the random sampler (default: p * k)")
     add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")
@@ -164,11 +165,10 @@ def learning_rate_factor(epoch: int, milestones: list[int]) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     explicit = vars(parser.parse_args(argv))
-    resume, run_dir = explicit.pop("resume", False), explicit.pop("run_dir", None)
-    show_recipe = explicit.pop("show_recipe", False)
+    resume, run_dir, show_recipe = (explicit.pop(key, None) for key in ("resume", "run_dir", "show_recipe"))
     saved = {}
     if resume and run_dir and (run_dir / "args.json").is_file():
-        saved = load_json(run_dir / "args.json")
+        saved = load_json(run_dir / "args.json", keys=RUN_KEYS)
     elif "loss" not in explicit or "dataset" not in explicit:
         parser.error("--loss and --dataset are needed (or --resume with the --run-dir of a run that began)")
     try:
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     if run_dir.exists() and not resume:
         raise ValueError(f"{run_dir} exists: go on with it (--resume), name another (--run-dir), or remove it")
     if not saved and (run_dir / "args.json").is_file():
-        saved = load_json(run_dir / "args.json")
+        saved = load_json(run_dir / "args.json", keys=RUN_KEYS)
     if saved:
         for key, value in explicit.items():
             before = saved["explicit"].get(key, saved[key])
@@ -194,9 +194,10 @@ def main(argv: list[str] | None = None) -> None:
         args = {**saved, **{key: value for key, value in explicit.items() if key in HARMLESS}}
         explicit = saved["explicit"]
     if (run_dir / "result.json").is_file():
-        print(metrics_table(load_json(run_dir / "result.json"), f"{run_dir.name} (finished)"))
+        print(metrics_table(load_json(run_dir / "result.json", METRICS), f"{run_dir.name} (finished)"))
         return
-    device = torch.device(args["device"])
+    device = find_device(args["device"])
+    check_writable(run_dir)
     set_determinism(args["deterministic"])
 
     # ------------------------------------------------------------------------------------------------------------ data
@@ -207,25 +208,20 @@ def main(argv: list[str] | None = None) -> None:
     num_classes = 1 + max(record.label for record in records)
     if args["skip_bad_images"]:
         bad = find_bad_images([record.path for record in records], args["workers"])
-        for sentence in bad.values():
-            print(f"skipped: {sentence}")
+        print("".join(f"skipped: {sentence}\n" for sentence in bad.values()), end="")
         print(f"{len(bad)} of {len(records):,} training images are bad and skipped")
         records = [record for position, record in enumerate(records) if position not in bad]
+    names = digest_of_names(record.path for record in records)
+    if saved and saved["environment"].get("images") != names:
+        raise ValueError(f"{run_dir} began with other training images than those in {args['data_dir']}: put them back")
     all_labels = torch.tensor([record.label for record in records])
     if args["sampler"] == "pk":
         sampler = PKSampler(all_labels.tolist(), args["p"], args["k"], args["seed"])
     else:
         sampler = RandomSampler(len(records), args["batch_size"], args["seed"])
     num_steps = len(sampler) * args["epochs"]
-    images_of = TrainingImages(
-        [record.path for record in records],
-        args["height"],
-        args["width"],
-        device,
-        random_crop=args["random_crop"],
-        cache=args["cache"],
-        workers=args["workers"],
-    )
+    settings = {key: args[key] for key in ("random_crop", "cache", "workers")}
+    images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **settings)
 
     # -------------------------------------------------------------------------------------------------- model and loss
     seed_everything(args["seed"])
@@ -241,26 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     forward = torch.compile(model) if args["compile"] else model
 
     # ----------------------------------------------------------------------------------------------------------- train
-    run_dir.mkdir(parents=True, exist_ok=resume)
-    with locked(run_dir):
+    with locked(run_dir, new=not saved):
         if not saved:
-            args |= {"explicit": explicit, "environment": environment(device), "num_classes": num_classes}
+            args |= {"explicit": explicit, "environment": environment(device, names), "num_classes": num_classes}
             args["val_pids"] = sorted({record.pid for record in split.query}) if args["eval_on"] == "val" else []
             save_json(run_dir / "args.json", args)
-        first_epoch, log = 0, []
-        if (run_dir / "last.pt").is_file():
-            checkpoint = load_checkpoint(run_dir / "last.pt", keys=("model", "loss", "optimizer", "epoch", "args"))
-            check_fit(run_dir / "last.pt", "model", checkpoint["model"], model.state_dict())
-            check_fit(run_dir / "last.pt", "loss", checkpoint["loss"], loss_fn.state_dict())
-            model.load_state_dict(checkpoint["model"])
-            loss_fn.load_state_dict(checkpoint["loss"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            first_epoch = checkpoint["epoch"]
-            print(f"{run_dir}: going on after epoch {first_epoch} of {args['epochs']}")
-        if (run_dir / "log.jsonl").is_file():  # lines of epochs that the checkpoint does not know are cut off
-            lines = (run_dir / "log.jsonl").read_text().splitlines()[:first_epoch]
-            log = [json.loads(line) for line in lines]
-            write_atomically(run_dir / "log.jsonl", lambda file: file.write("".join(f"{e}\n" for e in lines).encode()))
+        first_epoch, log = resume_run(run_dir, args, args.keys() - HARMLESS, model, loss_fn, optimizer)
         print(f"{args['dataset']}: {len(records):,} training images of {num_classes:,} identities (kept in "
               f"{images_of.where}), {len(split.query):,} queries, {len(split.gallery):,} gallery images")  # fmt: skip
         print(f"{' '.join([args['loss'], *args['loss_args']])} on {args['arch']} {args['height']}x{args['width']}, "
@@ -269,12 +251,22 @@ def main(argv: list[str] | None = None) -> None:
 
         def evaluate() -> dict:
             settings = {key: args[key] for key in ("height", "width", "amp", "workers")}
-            features = embed_split(model, split, device=device, **settings)
-            return score(features, args["metric"], args["ignore_cameras"])
+            return score(embed_split(model, split, device=device, **settings), args["metric"], args["ignore_cameras"])
+
+        def save(epoch: int) -> None:
+            parts = {"model": model, "loss": loss_fn} | ({"optimizer": optimizer} if epoch < args["epochs"] else {})
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(run_dir / "last.pt", {**state, "epoch": epoch, "args": json.dumps(args)})
 
         stop_signals = []  # SIGINT and SIGTERM end the run after the step; a second one at once
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda got, _: stop_signals.append(got) if not stop_signals else sys.exit(128 + got))
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda got, _: stop_signals.append(got) if not stop_signals else sys.exit(128 + got))
+
+        def stop_if_asked(epoch: int) -> None:
+            if stop_signals:
+                what = f"from epoch {epoch}" if epoch <= args["epochs"] else "with the scoring"
+                print(f"stopped by {signal.Signals(stop_signals[0]).name}: --resume --run-dir {run_dir} goes on {what}")
+                sys.exit(128 + stop_signals[0])
 
         for epoch in range(first_epoch, args["epochs"]):
             seed_everything(args["seed"], epoch)  # a resumed run goes on exactly as it would have
@@ -298,20 +290,19 @@ def main(argv: list[str] | None = None) -> None:
                     loss.backward()
                     optimizer.step()
                     loss_sum += loss.detach()
-                    first_bad = torch.where(torch.isfinite(loss.detach()), first_bad, first_bad.clamp(max=step))
+                    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+                    worst = torch.nn.utils.get_total_norm([loss.detach(), *gradients], math.inf)
+                    first_bad = torch.where(worst.isfinite(), first_bad, first_bad.clamp(max=step))
                     if (step + 1) % LOG_EVERY == 0 or step + 1 == len(order):  # only here it waits for the device
                         total, bad_step = torch.stack([loss_sum, first_bad]).tolist()
                         if bad_step < math.inf:
                             raise FloatingPointError(
-                                f"the loss is not finite at epoch {epoch + 1}, step {int(bad_step) + 1}: try a smaller "
-                                f"--lr or --loss-lr; {run_dir} keeps the state after epoch {epoch}"
+                                f"the loss or its gradient is not finite at epoch {epoch + 1}, step {int(bad_step) + 1}"
+                                f": try a smaller --lr or --loss-lr; {run_dir} keeps the state after epoch {epoch}"
                             )
                         bar.set_postfix(loss=f"{total / (step + 1):.4f}", refresh=False)
                     bar.update(len(images))
-                    if stop_signals:
-                        print(f"stopped by {signal.Signals(stop_signals[0]).name} in epoch {epoch + 1}: "
-                              f"--resume --run-dir {run_dir} goes on from epoch {epoch + 1}")  # fmt: skip
-                        sys.exit(128 + stop_signals[0])
+                    stop_if_asked(epoch + 1)
             seconds = time.perf_counter() - start
             tensors = [*model.state_dict().values(), *loss_fn.state_dict().values()]
             if not all(tensor.isfinite().all() for tensor in tensors):
@@ -321,29 +312,32 @@ def main(argv: list[str] | None = None) -> None:
             if args["eval_every"] and (epoch + 1) % args["eval_every"] == 0 and epoch + 1 < args["epochs"]:
                 line |= evaluate()
             log.append(line)
-            with open(run_dir / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            state = {"model": model.state_dict(), "loss": loss_fn.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(run_dir / "last.pt", {**state, "epoch": epoch + 1, "args": json.dumps(args)})
+            save_log(run_dir / "log.jsonl", log)
+            save(epoch + 1)
             scores = f", rank-1 {line['rank1']:.1%}, mAP {line['mAP']:.1%}" if "mAP" in line else ""
             speed = f"{line['images_per_second']:.0f} images/s"
             print(f"epoch {epoch + 1}/{args['epochs']}: loss {line['loss']:.4f}, {speed}{scores}")
+            stop_if_asked(epoch + 2)
 
         # ---------------------------------------------------------------------------------------------------- evaluate
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+        if not args["epochs"]:
+            save(0)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
         metrics = evaluate()
         save_json(run_dir / "result.json", {**metrics, "row": row, "args": args, "log": log})
-        state = {"model": model.state_dict(), "loss": loss_fn.state_dict()}
-        save_checkpoint(run_dir / "last.pt", {**state, "epoch": args["epochs"], "args": json.dumps(args)})
         print(metrics_table(metrics, f"{args['dataset']} {row}"))
 
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: out of memory on the device: fewer images per batch (--p, --k, --batch-size), or --amp")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped")
+        sys.exit("train.py: stopped between epochs: the same command with --resume goes on from here")

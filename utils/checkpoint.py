@@ -1,9 +1,9 @@
-"""Files that are whole or absent: checkpoints, JSON, and the lock of a run folder."""
+"""Files that are whole or absent: checkpoints, logs, JSON, and the lock of a run folder."""
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +13,8 @@ import torch
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it.
 
-    Whatever happens, `path` is the old file or the new one, whole; a failed write leaves no half file behind.
+    Whatever happens, `path` is the old file or the new one, whole; a failed write leaves no half file behind (only a
+    killed one does, under the temporary name, until the folder is `locked` again). OSError says what was not written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,8 +23,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):  # a full disk's own message names no file
+            reason = error.strerror or error
+            raise OSError(f"{path} could not be written ({reason}); what was there before is kept") from error
         raise
 
 
@@ -33,19 +38,47 @@ def save_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def load_json(path: Path) -> dict:
+def load_json(path: Path, keys: Iterable[str] = ()) -> dict:
+    """ValueError in one sentence if it is no JSON object or lacks one of the keys."""
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
+    missing = sorted(key for key in keys if key not in content)
+    if missing:
+        raise ValueError(f"{path} was not written by this version of train.py: it lacks {', '.join(missing)}")
     return content
+
+
+def save_log(path: Path, log: list[dict]) -> None:
+    """Writes a line of JSON per epoch, atomically: no kill leaves half a line."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in log)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def load_log(path: Path, num_epochs: int) -> list[dict]:
+    """The lines of epochs 1 to num_epochs; a later one, of an epoch without a checkpoint, is left out."""
+    try:
+        log = [json.loads(line) for line in path.read_text().splitlines()[:num_epochs]] if num_epochs else []
+        if [line["epoch"] for line in log] != list(range(1, num_epochs + 1)):
+            raise ValueError
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} does not hold the epochs 1 to {num_epochs} of last.pt: start another run") from None
+    return log
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """torch.save, atomically. Content: tensors, str and numbers only, so that `load_checkpoint` can read it safely."""
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch hides a full disk behind an error of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path, keys: tuple[str, ...] = ("model", "loss", "epoch", "args")) -> dict[str, Any]:
@@ -60,38 +93,141 @@ def load_checkpoint(path: Path, keys: tuple[str, ...] = ("model", "loss", "epoch
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: {', '.join(missing)} missing")
+    if type(content["epoch"]) is not int or content["epoch"] < 0:
+        raise ValueError(f"{path} is not a checkpoint of train.py: its epoch is no whole number")
     return content
 
 
+def check_same_run(path: Path, checkpoint: dict[str, Any], args: dict, keys: Iterable[str]) -> None:
+    """ValueError with what differs unless the checkpoint's own `args` (JSON) have the values of `args` at `keys`.
+
+    Two losses may have weights of the same names and shapes: `check_fit` alone would take one for the other.
+    """
+    try:
+        found = json.loads(checkpoint["args"])
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a checkpoint of train.py: its args are not the flags of a run")
+    differences = [
+        f"its {key} is {found.get(key, 'missing')}, not {args[key]}"
+        for key in sorted(keys)
+        if key not in found or found[key] != args[key]
+    ]
+    if checkpoint["epoch"] > args["epochs"]:
+        differences.append(f"its epoch is {checkpoint['epoch']} of {args['epochs']}")
+    if differences:
+        raise ValueError(f"{path} belongs to another run than args.json: {_first(differences)}")
+
+
 def check_fit(path: Path, part: str, found: Any, wanted: dict[str, torch.Tensor]) -> None:
-    """ValueError with what differs unless `found` has exactly the names and shapes of `wanted`; changes nothing."""
+    """ValueError with what differs unless `found` has the names, shapes and types of `wanted`; changes nothing."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not fit: its {part} is not a state dict")
     differences = []
-    for name in sorted(found.keys() | wanted.keys()):
+    for name in sorted(found.keys() | wanted.keys(), key=str):
         if name not in found or name not in wanted:
             differences.append(f"{name} is {'missing' if name not in found else 'unknown here'}")
-        elif getattr(found[name], "shape", None) != wanted[name].shape:
-            shape = tuple(getattr(found[name], "shape", ()))
-            differences.append(f"{name} has shape {shape} instead of {tuple(wanted[name].shape)}")
+        elif _kind(found[name]) != _kind(wanted[name]):
+            differences.append(f"{name} is {_kind(found[name])} instead of {_kind(wanted[name])}")
     if differences:
         raise ValueError(
-            f"{path} is of another arch, loss or number of identities: {part}: {'; '.join(differences[:3])} "
-            f"({len(differences)} differences)"
+            f"{path} is of another arch, loss or number of identities: in its {part}, {_first(differences)}"
         )
 
 
-@contextmanager
-def locked(folder: Path):
-    """Holds the run folder for this process; a second one is told so. The lock ends with the process."""
+def check_fit_optimizer(path: Path, found: Any, optimizer: torch.optim.Adam) -> None:
+    """ValueError with what differs unless `found` is a state of this optimizer; changes nothing."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = {f"{i}.step": torch.zeros(()) for i in range(len(parameters))}
+    wanted |= {f"{i}.{name}": p for i, p in enumerate(parameters) for name in ("exp_avg", "exp_avg_sq")}
     try:
-        import fcntl
-    except ImportError:  # no POSIX locks on Windows
-        yield
-        return
+        state = {f"{i}.{name}": value for i, entry in found["state"].items() for name, value in entry.items()}
+        pairs = list(zip(found["param_groups"], groups, strict=True))
+        same = all(a[key] == b[key] for a, b in pairs for key in a.keys() & b.keys() - {"lr"})
+        same = same and all(a["params"] == b["params"] for a, b in pairs)
+    except ValueError:
+        same = False
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} does not fit: its optimizer is not a state of Adam") from None
+    if not same:
+        raise ValueError(f"{path} does not fit: its optimizer has other settings or groups of parameters")
+    check_fit(path, "optimizer", state, wanted)
+
+
+def _kind(value: Any) -> str:
+    """What has to be alike: a whole tensor's type and shape."""
+    if not isinstance(value, torch.Tensor):
+        return f"no tensor but {type(value).__name__}"
+    special = "sparse " if value.layout != torch.strided else "empty " if value.is_meta else ""
+    return f"{special}{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def _first(differences: list[str]) -> str:
+    more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
+
+
+def resume_run(
+    run_dir: Path,
+    args: dict,
+    keys: Iterable[str],
+    model: torch.nn.Module,
+    loss_fn: torch.nn.Module,
+    optimizer: torch.optim.Adam,
+) -> tuple[int, list[dict]]:
+    """Loads last.pt, all of it or, with a ValueError that says what differs, nothing. Without one nothing happens.
+
+    keys: the flags that the checkpoint must share with args. Returns the number of finished epochs and their log.
+    """
+    path = run_dir / "last.pt"
+    if not path.exists():
+        return 0, []
+    checkpoint = load_checkpoint(path)
+    check_same_run(path, checkpoint, args, keys)
+    check_fit(path, "model", checkpoint["model"], model.state_dict())
+    check_fit(path, "loss", checkpoint["loss"], loss_fn.state_dict())
+    log = load_log(run_dir / "log.jsonl", checkpoint["epoch"])
+    if checkpoint["epoch"] < args["epochs"]:  # after the last epoch the optimizer is not kept
+        check_fit_optimizer(path, checkpoint.get("optimizer"), optimizer)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    model.load_state_dict(checkpoint["model"])
+    loss_fn.load_state_dict(checkpoint["loss"])
+    print(f"{run_dir}: going on after epoch {checkpoint['epoch']} of {args['epochs']}")
+    return checkpoint["epoch"], log
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError at once, rather than after all images were decoded, if the run folder can't be made or written."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{folder} can't be a run folder, since {place} is a file: name another --run-dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} can't be written, since {place} does not allow it: name another --run-dir")
+
+
+@contextmanager
+def locked(folder: Path, new: bool = False):
+    """Makes the run folder and holds it for this process; a second one is told so. The lock ends with the process.
+
+    new: nobody has begun a run there. Temporary files that a killed process left behind are removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"{folder} is in use by another process: wait, or choose another --run-dir") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks: nothing to hold on to
+            pass
+        if new and (folder / "args.json").exists():
+            raise ValueError(f"{folder} was begun by another process meanwhile: go on with it by --resume")
+        for name in ("args.json", "log.jsonl", "last.pt", "result.json"):
+            for leftover in folder.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         yield

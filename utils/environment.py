@@ -1,14 +1,37 @@
-"""What a number depends on besides the flags: commit, versions, device."""
+"""What a number depends on besides the flags: commit, versions, device, images."""
 
+import hashlib
+import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 
-def environment(device: torch.device) -> dict[str, str | int | None]:
-    """For args.json. `commit` ends in -changed if tracked files differ from it, and is None outside a checkout."""
+def find_device(name: str) -> torch.device:
+    """The device of this name; ValueError in one sentence if nothing can be computed there."""
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).add(1).item()
+    except Exception as error:  # each kind of device that is not there has its own
+        known = f"cpu{', cuda' if torch.cuda.is_available() else ' (there is no usable GPU)'}"
+        raise ValueError(f"--device {name} can't be used here ({type(error).__name__}): choose {known}") from None
+    return device
+
+
+def digest_of_names(paths: Iterable[Path]) -> str:
+    """Number and digest of the file names, in their order: another list of images has another one."""
+    names = [os.fsencode(path.name) for path in paths]
+    return f"{len(names)} {hashlib.sha256(b'/'.join(names)).hexdigest()[:16]}"
+
+
+def environment(device: torch.device, images: str) -> dict[str, str | int | None]:
+    """For args.json; images: the digest of their names.
+
+    `commit` ends in -changed if tracked files differ from it, and is None outside a checkout.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
@@ -22,4 +45,5 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "torch": torch.__version__,
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
+        "images": images,
     }
