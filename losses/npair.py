@@ -33,15 +33,13 @@ class NPairLoss(nn.Module):
             same = labels[:, None] == labels  # (B, B)
             earlier = same.tril(diagonal=-1).sum(dim=1)  # (B,): earlier images of the same identity
             second = (same & (earlier == 1)).int().argmax(dim=1)  # (B,): the second image of one's identity, if any
-            is_anchor = (earlier == 0) & (same.sum(dim=1) > 1)
+            is_anchor = (earlier == 0) & (same.sum(dim=1) > 1)  # (B,): N of them; the other rows are idle
 
-            # at most N = B / 2 pairs exist: anchors first, then idle rows; a fixed shape spares a GPU synchronisation
-            anchor = is_anchor.int().argsort(descending=True, stable=True)[: (len(labels) + 1) // 2]  # (N,)
-            active = is_anchor.index_select(0, anchor)  # (N,)
-            a = embeddings.index_select(0, anchor)  # (N, D)
-            p = embeddings.index_select(0, second.index_select(0, anchor))  # (N, D)
-
-            idle = ~active & ~torch.eye(len(anchor), dtype=torch.bool, device=labels.device)  # idle rows stay finite
-            log_softmax = (a @ p.T).masked_fill(idle, -torch.inf).log_softmax(dim=1)  # (N, N)
-            losses = -log_softmax.diagonal() + self.l2 / 4 * (a.pow(2) + p.pow(2)).sum(dim=1)
-            return (losses * active).sum() / active.sum().clamp(min=1)
+            product = embeddings @ embeddings.T  # (B, B)
+            squared_length = product.diagonal()  # (B,)
+            # column j: the positive of j. Columns of idle rows are hidden, but each row keeps its own, to stay finite.
+            hidden = ~is_anchor & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+            log_softmax = product.index_select(1, second).masked_fill(hidden, -torch.inf).log_softmax(dim=1)
+            penalty = self.l2 / 4 * (squared_length + squared_length.index_select(0, second))  # (B,)
+            losses = penalty - log_softmax.diagonal()
+            return (losses * is_anchor).sum() / is_anchor.sum().clamp(min=1)

@@ -95,6 +95,21 @@ def test_facts_of_the_header_are_true(path):
     assert ("Needs P x K batches: yes" in last) == ("num_classes" not in parameters)
 
 
+def test_the_table_in_the_readme_agrees_with_the_headers():
+    readme = (FILES[0].parent.parent / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", readme, flags=re.M))
+    assert {path.stem for path in FILES} - {"center"} <= set(rows)  # center has its row in a sum
+    for path in FILES:
+        if path.stem in rows:
+            header = ast.get_docstring(ast.parse(path.read_text()))
+            facts = re.findall(r": (yes|no)\b", header.splitlines()[-1])  # normalises, owns weights, needs P x K
+            paper, weights, normalises, batches, deviation = (cell.strip() for cell in rows[path.stem].split("|"))
+            assert [cell.split()[0] == "yes" for cell in (normalises, weights, batches)] == [f == "yes" for f in facts]
+            assert re.search(r"\((https://[^)]+)\)", paper).group(1) in header
+            exact = "Deviation from the paper: none" in header
+            assert exact == (deviation.startswith("none") or path.stem == "sphereface")  # there: none in the value
+
+
 @every_file
 def test_signature_is_the_contract(path):
     loss_class = LOSSES[path.stem]
