@@ -26,6 +26,7 @@ from utils.seed import mix_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB, for pixels in 0..1
 ENLARGE = 1.125  # --random-crop: half of the images are resized to 1.125x and cropped back at a random place
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")  # told by the content; Pillow knows others, some of which run programs
 MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it only warns: a "decompression bomb"
 
 
@@ -39,7 +40,7 @@ def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     The EXIF orientation is applied, 16-bit grey is scaled to 8 bits, transparency is dropped. Raises BadImage.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{path}: {image.width} x {image.height} is more than the {MAX_PIXELS:,} pixels allowed")
             image = ImageOps.exif_transpose(image)
@@ -49,9 +50,10 @@ def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
             return [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes]
     except BadImage:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken file makes a decoder raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" <", 1)[0]
-        raise BadImage(f"{path} can't be read as an image: {reason.replace(repr(str(path)), 'the file')}") from None
+        reason = reason.replace(repr(str(path)), "the file").partition("\n")[0] or type(error).__name__
+        raise BadImage(f"{path} can't be read as an image: {reason}") from None
 
 
 def decode_batches(

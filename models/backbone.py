@@ -49,8 +49,8 @@ def build_model(arch: str = "resnet50", weights: str = "none") -> nn.Module:
 def imagenet_state_dict(arch: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network; a broken download has the wrong hash
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # no network; the wrong hash of a broken download; a broken file in torch's cache
         raise ValueError(
             f"the ImageNet weights of {arch} could not be downloaded ({error}): fetch {weights.url} on another machine "
             f"and pass --weights FILE, or train from random weights with --weights none"
@@ -66,27 +66,34 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
         raise ValueError(f"{path} holds no state dict (a dict of names and tensors)")
     return loaded
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], source: str) -> int:
     """Copies the trunk's tensors into `model` and returns their number; changes nothing if any differs."""
-    found = {}
+    found, problems = {}, []
     for name, tensor in state_dict.items():
         while name.startswith(PREFIXES):
             name = name.split(".", 1)[1]
+        if name in found:
+            problems.append(f"{name} is there twice")
         if not name.startswith(CLASSIFIERS):
             found[name] = tensor
     wanted = model.state_dict()
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}  # absent from old files
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys() - optional]
+    problems += [f"{name} is missing" for name in wanted.keys() - found.keys() - optional]
     problems += [f"{name} is not part of this arch" for name in found.keys() - wanted.keys()]
     problems += [
         f"{name} has shape {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted.keys() & found.keys()
         if found[name].shape != wanted[name].shape
+    ]
+    problems += [
+        f"{name} holds no finite numbers"
+        for name, tensor in found.items()
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex() or not tensor.isfinite().all()
     ]
     if problems:
         raise ValueError(f"{source} does not fit: {'; '.join(sorted(problems)[:3])} ({len(problems)} differences)")
