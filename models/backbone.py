@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 ARCHS = {"resnet50": 2048, "resnet18": 512, "resnet34": 512, "resnet101": 2048, "mobilenet_v2": 1280}  # D
 CLASSIFIERS = ("fc.", "classifier.")  # the ImageNet heads of these trunks: never built, ignored in a weights file
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # that can be in such a file
 PREFIXES = ("module.", "model.")  # what DataParallel and common training scripts put in front of every name
 
 
@@ -93,7 +94,7 @@ def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], source: str
     problems += [
         f"{name} holds no finite numbers"
         for name, tensor in found.items()
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex() or not tensor.isfinite().all()
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in DTYPES or not tensor.isfinite().all()
     ]
     if problems:
         raise ValueError(f"{source} does not fit: {'; '.join(sorted(problems)[:3])} ({len(problems)} differences)")
