@@ -1,6 +1,6 @@
 """Generated pedestrians: a data set in Market-1501's layout, drawn on first use with numpy and Pillow.
 
-    folder = generate("datasets", num_ids=150)  # datasets/synthetic-v1-150
+    folder = generate("datasets", num_ids=150)  # datasets/synthetic-v2-150
     python -m data.synthetic --contact-sheet results/synthetic_contact_sheet.png
 
 An identity is a body and clothes from shared vocabularies, so that many people look alike, and a share of them are near
@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-VERSION = 1  # raised whenever a pixel changes, so that an older folder is never taken for the new one
+VERSION = 2  # raised whenever a pixel changes, so that an older folder is never taken for the new one
 WIDTH, HEIGHT = 64, 128
 SCALE = 2  # figures are drawn at twice the size and averaged down
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -39,11 +39,12 @@ TRAIN, TEST, JUNK, DISTRACTOR = range(4)  # streams of random numbers
 COLOURS = {
     "black": (40, 40, 44),
     "white": (238, 236, 230),
-    "grey": (136, 138, 142),
+    "grey": (132, 134, 138),
     "navy": (44, 56, 100),
     "blue": (58, 112, 196),
     "denim": (92, 118, 156),
     "red": (196, 52, 54),
+    "ginger": (160, 86, 50),
     "green": (62, 134, 84),
     "yellow": (234, 192, 72),
     "pink": (230, 148, 170),
@@ -59,7 +60,7 @@ VOCABULARY = {  # a name that is listed twice is twice as common
     "height": ("short", "medium", "tall"),
     "skin": ("pale", "pale", "tan", "dark"),
     "hair": ("short", "short", "long", "ponytail", "bun", "bald", "cap"),
-    "hair_colour": ("black", "brown", "brown", "blond", "grey", "red"),
+    "hair_colour": ("black", "brown", "brown", "blond", "grey", "ginger"),
     "top": ("t-shirt", "t-shirt", "shirt", "hoodie", "jacket", "coat", "vest"),
     "top_colour": ("black", "black", "white", "white", "grey", "navy", "blue", "red", "green", "yellow", "pink"),
     "second_colour": ("black", "white", "grey", "navy", "red", "yellow"),
@@ -157,12 +158,12 @@ class Camera(NamedTuple):
 
 
 CAMERAS = (
-    Camera("plaza", -0.9, 0.45, (1.05, 1.00, 0.90), 0.95, 1.00, 0.00, 0.3, 1.00, 0.012, 0.10, (5, 2, 3, 2)),
-    Camera("bricks", 0.7, 0.25, (0.82, 0.95, 1.12), 1.15, 0.80, 0.02, 0.6, 0.80, 0.020, 0.16, (2, 4, 2, 4)),
-    Camera("shop", 0.2, 0.35, (1.10, 0.92, 0.72), 1.10, 0.90, 0.00, 0.4, 0.90, 0.025, 0.06, (4, 1, 5, 1)),
-    Camera("park", -0.5, 0.50, (0.85, 1.04, 0.82), 1.30, 1.05, 0.00, 0.7, 0.70, 0.020, 0.14, (2, 4, 3, 3)),
-    Camera("hall", 0.0, 0.20, (1.08, 1.10, 1.05), 0.75, 0.65, 0.10, 0.5, 0.85, 0.015, 0.20, (5, 1, 5, 1)),
-    Camera("road", 0.9, 0.55, (0.70, 0.76, 0.98), 1.35, 0.75, 0.05, 0.9, 0.60, 0.035, 0.12, (2, 5, 2, 3)),
+    Camera("plaza", -0.9, 0.45, (1.03, 1.00, 0.94), 0.97, 1.00, 0.00, 0.3, 1.00, 0.010, 0.10, (5, 2, 3, 2)),
+    Camera("bricks", 0.7, 0.25, (0.92, 0.98, 1.07), 1.06, 0.90, 0.02, 0.45, 0.90, 0.012, 0.16, (2, 4, 2, 4)),
+    Camera("shop", 0.2, 0.35, (1.07, 0.98, 0.87), 1.03, 0.97, 0.00, 0.35, 0.95, 0.015, 0.06, (4, 1, 5, 1)),
+    Camera("park", -0.5, 0.50, (0.95, 1.02, 0.91), 1.10, 1.00, 0.00, 0.5, 0.85, 0.012, 0.14, (2, 4, 3, 3)),
+    Camera("hall", 0.0, 0.20, (1.04, 1.02, 1.00), 0.90, 0.85, 0.04, 0.4, 0.92, 0.010, 0.20, (5, 1, 5, 1)),
+    Camera("road", 0.9, 0.55, (0.88, 0.92, 1.04), 1.12, 0.88, 0.03, 0.55, 0.80, 0.018, 0.12, (2, 5, 2, 3)),
 )
 
 
@@ -211,12 +212,12 @@ def scene(name: str) -> Image.Image:
             for k in range(7):
                 box(x + 6 + 16 * k, 8, 8, 22, ((190, 50, 50), (236, 230, 220))[k % 2])
     elif name == "park":
-        box(0, 0, width, horizon, (150, 184, 140))
-        box(0, int(0.6 * horizon), width, int(0.5 * height), (112, 156, 84))
+        box(0, 0, width, horizon, (168, 190, 160))
+        box(0, int(0.6 * horizon), width, int(0.5 * height), (128, 152, 100))
         for _ in range(26):
             x, r = int(rng.integers(0, width)), int(rng.integers(22, 44))
             box(x - 4, 40, 8, horizon, (96, 72, 52))
-            draw.ellipse((x - r, 30 - r, x + r, 30 + r), fill=tone((64, 118, 58), 24))
+            draw.ellipse((x - r, 30 - r, x + r, 30 + r), fill=tone((86, 122, 74), 20))
         draw.polygon([(0, int(0.72 * height)), (width, int(0.62 * height)), (width, height), (0, height)], fill=ground)
     elif name == "hall":
         box(0, 0, width, horizon, (222, 214, 196))
@@ -246,33 +247,72 @@ def scene(name: str) -> Image.Image:
             draw.line((0, y, width, y), fill=seam)
         for x in range(-width, 2 * width, 40):
             draw.line((width / 2 + (x - width / 2) * 0.7, horizon + 10, x, height), fill=seam)
-    grain = np.asarray(image, np.float32) + rng.normal(0, 5, (height, width, 1))
+    image = Image.blend(image, Image.new("RGB", image.size, (186, 186, 182)), 0.5)  # pale: the people stand out
+    grain = np.asarray(image, np.float32) + rng.normal(0, 4, (height, width, 1))
     return Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------------- figures
 
 
+BLACK = (0, 0, 0)
+
+
 def mix(a: tuple, b: tuple, share: float = 0.5) -> tuple:
     return tuple(int(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+
+
+def between(a: tuple, b: tuple, share: float) -> tuple:
+    return tuple(x + share * (y - x) for x, y in zip(a, b, strict=True))
+
+
+class Pose(NamedTuple):
+    """How a figure stands in the box: yaw 0 faces the camera; x, ground in supersampled pixels; size in boxes."""
+
+    yaw: float
+    phase: float
+    stride: float
+    x: float
+    ground: float
+    size: float
 
 
 class Figure:
     """One person drawn on two layers: flat colours, and apart from them the light, so that patterns are shaded too."""
 
-    def __init__(self, person: Person, pose: "Pose", camera: Camera):
-        self.person, self.pose = person, pose
-        self.side = camera.light
+    def __init__(self, person: Person, pose: Pose, camera: Camera):
+        self.person, self.pose, self.side = person, pose, camera.light
         self.tones = tuple(int(255 * (1 - camera.contrast * dark)) for dark in (1.0, 0.45, 0.0))
         self.colour = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE))
-        self.light = Image.new("L", self.colour.size)
+        self.light = Image.new("L", self.colour.size)  # 0 where there is nobody
         self.draw_colour, self.draw_light = ImageDraw.Draw(self.colour), ImageDraw.Draw(self.light)
-        self.cos, self.sin = cos(pose.yaw), sin(pose.yaw)
-        self.pitch = sin(camera.pitch)
-        self.body = {"short": 1.58, "medium": 1.70, "tall": 1.84}[person.height]
+        self.cos, self.sin, self.pitch = cos(pose.yaw), sin(pose.yaw), sin(camera.pitch)
+        self.tall = {"short": 1.58, "medium": 1.70, "tall": 1.84}[person.height]
         self.girth = {"slim": 0.88, "medium": 1.0, "broad": 1.2}[person.build]
-        self.unit = pose.size * HEIGHT * SCALE / self.body  # supersampled pixels per metre
-        self.draw()
+        self.loose = self.girth * (1.12 if person.top in ("hoodie", "jacket", "coat") else 1.0)
+        self.unit = pose.size * HEIGHT * SCALE / self.tall  # supersampled pixels per metre
+        self.lean = 0.04 * pose.stride
+        self.skin, self.hair = COLOURS[person.skin], COLOURS[person.hair_colour]
+        self.top, self.second = COLOURS[person.top_colour], COLOURS[person.second_colour]
+        self.bottom, self.shoes = COLOURS[person.bottom_colour], COLOURS[person.shoes]
+        self.bag = COLOURS[person.bag_colour]
+
+        legs = [self.bend_leg(side) for side in (-1, 1)]
+        self.hip_y = 0.055 - min(ankle[1] for _, _, ankle, _ in legs)  # the lower foot stands on the ground
+        self.waist_y, self.chest_y = self.hip_y + 0.12 * self.tall, self.hip_y + 0.24 * self.tall
+        self.shoulder_y, self.neck_y = self.hip_y + 0.325 * self.tall, self.hip_y + 0.345 * self.tall
+
+        legs.sort(key=lambda leg: self.depth(0.08 * leg[0], leg[2][2]))
+        for leg, dim in zip(legs, (0.86, 1.0), strict=True):  # the far leg lies in the shade of the near one
+            self.draw_leg(*leg, dim)
+        self.draw_hips()
+        parts = [(0.0, self.draw_top), (0.0005, self.draw_head), self.arm(-1), self.arm(1)]
+        if person.bag == "backpack":
+            parts.append((self.depth(0, self.lean - 0.1 * self.loose - 0.07), self.draw_backpack))
+        if person.bag == "shoulder bag":
+            parts.append((self.depth(0.2 * self.loose, 0) + 0.001, self.draw_shoulder_bag))
+        for _, draw in sorted(parts, key=lambda part: part[0]):  # the nearest comes last
+            draw()
 
     def point(self, x: float, y: float, z: float) -> tuple[float, float]:
         """Body coordinates in metres (x to the left hand, y up, z forward) to pixels."""
@@ -282,15 +322,16 @@ class Figure:
     def depth(self, x: float, z: float) -> float:
         return z * self.cos - x * self.sin
 
-    def limb(self, a: tuple, ra: float, b: tuple, rb: float, colour: tuple, dim: float = 1.0):
-        """A tapered capsule from joint a (radius ra) to joint b (radius rb)."""
-        (ax, ay), (bx, by) = self.point(*a), self.point(*b)
-        ra, rb = ra * self.unit, rb * self.unit
+    def limb(self, joints: list[tuple], radii: list[float], colours: list[tuple], dim: float = 1.0):
+        """Tapered capsules from joint to joint, shaded as one: no seam at a knee."""
+        ends = [(*self.point(*joint), radius * self.unit) for joint, radius in zip(joints, radii, strict=True)]
         for tone, size, shift in zip(self.tones, (1.0, 0.78, 0.4), (0.0, 0.2, 0.45), strict=True):
-            outline = capsule(ax + self.side * shift * ra, ay, ra * size, bx + self.side * shift * rb, by, rb * size)
-            if size == 1.0:
-                self.draw_colour.polygon(outline, fill=colour)
-            self.draw_light.polygon(outline, fill=int(tone * dim))
+            discs = [(x + self.side * shift * r, y, r * size) for x, y, r in ends]
+            for k in reversed(range(len(colours))):  # the upper part lies over the lower one
+                outline = capsule(*discs[k], *discs[k + 1])
+                if size == 1.0:
+                    self.draw_colour.polygon(outline, fill=colours[k])
+                self.draw_light.polygon(outline, fill=int(tone * dim))
 
     def row(self, y: float, a: float, b: float, x: float = 0.0, z: float = 0.0) -> tuple:
         """A level of a column: an ellipse of half axes a (across) and b (along), centred at (x, y, z)."""
@@ -331,224 +372,26 @@ class Figure:
                 middle + edges[-1][1:] + [edge[2] for edge in edges[-2::-1]] + [edges[0][1]], fill=colour
             )
 
-    def draw(self):
-        person, pose, h, g = self.person, self.pose, self.body, self.girth
-        skin, top, second = COLOURS[person.skin], COLOURS[person.top_colour], COLOURS[person.second_colour]
-        bottom, shoes, bag = COLOURS[person.bottom_colour], COLOURS[person.shoes], COLOURS[person.bag_colour]
-        hair = COLOURS[person.hair_colour]
-        parts = []  # (depth, what to draw): the nearest comes last
+    def strap(self, rows: list[tuple], start: float, stop: float, colour: tuple):
+        """A line over a column, from an angle at its first row to an angle at its last, as far as it can be seen."""
+        points = []
+        for k in range(9):
+            angle = start + (stop - start) * k / 8
+            s, c = sin(angle), cos(angle)
+            cx, cy, _, a, b = level(rows, k / 8)
+            if b * c * self.cos - a * s * self.sin > 0:
+                points.append((cx + self.unit * (a * s * self.cos + b * c * self.sin), cy))
+        if len(points) > 1:
+            self.draw_colour.line(points, fill=colour, width=max(2, round(0.04 * self.unit)), joint="curve")
 
-        # legs
-        hip_y, thigh, shin = 0.50 * h, 0.235 * h, 0.235 * h
-        legs = []
-        for side in (-1, 1):
-            phase = pose.phase + (pi if side < 0 else 0)
-            swing = 0.48 * pose.stride * sin(phase)
-            bend = 0.08 + 0.75 * pose.stride * max(0.0, cos(phase))
-            knee = (side * 0.082 * g, -thigh * cos(swing), thigh * sin(swing))
-            ankle = (side * 0.075 * g, knee[1] - shin * cos(swing - bend), knee[2] + shin * sin(swing - bend))
-            legs.append((side, knee, ankle, swing - bend))
-        drop = -0.055 - min(ankle[1] for _, _, ankle, _ in legs)  # the lower foot stands on the ground
-        hip_y = drop + 0.11
-        legs_first = sorted(legs, key=lambda leg: self.depth(leg[0] * 0.08, leg[2][2]))
-        for number, (side, knee, ankle, tilt) in enumerate(legs_first):
-            dim = 0.86 if number == 0 else 1.0
-            hip = (side * 0.085 * g, hip_y, 0.0)
-            knee = (knee[0], hip_y + knee[1], knee[2])
-            ankle = (ankle[0], hip_y + ankle[1], ankle[2])
-            toe = (ankle[0] + side * 0.02, max(0.03, ankle[1] - 0.05 + 0.15 * sin(tilt)), ankle[2] + 0.15 * cos(tilt))
-            heel = (ankle[0], max(0.035, ankle[1] - 0.05), ankle[2] - 0.02)
-            bare = person.bottom != "trousers"
-            leg = skin if bare else bottom
-            self.limb(knee, 0.056 if bare else 0.072, ankle, 0.04 if bare else 0.058, leg, dim)
-            self.limb(hip, 0.09 * g, knee, 0.062 if bare else 0.076, leg, dim)
-            if person.bottom == "shorts":
-                low = tuple(a + 0.85 * (b - a) for a, b in zip(hip, knee, strict=True))
-                self.limb(hip, 0.1 * g, low, 0.088, bottom, dim)
-            self.limb(heel, 0.045, toe, 0.036, shoes, dim)
-
-        # the trunk: hips or skirt below, the top above
-        lean = 0.04 * pose.stride
-        neck_y, shoulder_y = hip_y + 0.345 * h, hip_y + 0.325 * h
-        waist_y, chest_y = hip_y + 0.12 * h, hip_y + 0.24 * h
-        if person.bottom == "skirt":
-            hem = hip_y - 0.2 * h
-            rows = [self.row(waist_y, 0.14 * g, 0.1 * g), self.row(hip_y, 0.175 * g, 0.13 * g)]
-            self.column(rows + [self.row(hem, 0.2 * g, 0.17 * g + 0.04 * pose.stride)], bottom)
-        else:
-            self.column([self.row(waist_y, 0.14 * g, 0.1 * g), self.row(hip_y - 0.05, 0.165 * g, 0.115 * g)], bottom)
-
-        hem_y = hip_y - (0.17 * h if person.top == "coat" else 0.0)
-        width = 1.12 if person.top in ("hoodie", "jacket", "coat") else 1.0
-        g2 = g * width
-        trunk = [
-            self.row(neck_y + 0.02, 0.07, 0.065, z=lean),
-            self.row(shoulder_y + 0.015, 0.155 * g2, 0.085 * g2, z=lean),
-            self.row(shoulder_y - 0.04, 0.182 * g2, 0.105 * g2, z=lean),
-            self.row(chest_y, 0.17 * g2, 0.12 * g2, z=0.8 * lean),
-            self.row(waist_y, 0.145 * g2, 0.108 * g2, z=0.3 * lean),
-            self.row(hip_y + 0.01, 0.168 * g2, 0.122 * g2),
-        ]
-        if hem_y < hip_y:
-            trunk.append(self.row(hem_y, 0.19 * g2, 0.16 * g2))
-
-        def draw_trunk():
-            self.column(trunk, top)
-            if person.pattern == "stripes":
-                for k in range(1, 5):
-                    self.band(trunk, 0.2 * k - 0.02, 0.2 * k + 0.07, second)
-            elif person.pattern == "checks":
-                for k in range(1, 6):
-                    self.band(trunk, 0.17 * k - 0.06, 0.17 * k + 0.01, mix(top, second, 0.6))
-                for k in range(-5, 6):
-                    self.patch(trunk, 0.06, 1.0, 0.55 * k - 0.1, 0.55 * k + 0.1, second)
-            elif person.pattern == "yoke":
-                self.band(trunk, 0.0, 0.22, second)
-                self.band(trunk, 0.2, 0.42, second)
-            elif person.pattern == "print":
-                self.patch(trunk, 0.3, 0.62, -0.75, 0.75, second)
-                self.patch(trunk, 0.38, 0.54, -0.4, 0.4, mix(second, top, 0.7))
-            if person.top in ("jacket", "coat"):
-                self.patch(trunk, 0.0, 1.0, -0.3, 0.3, second)
-            if person.top == "hoodie":
-                self.patch(trunk, 0.68, 0.92, -0.8, 0.8, mix(top, (0, 0, 0), 0.18))
-            if person.bag == "backpack":
-                for strap in (-0.75, 0.75):
-                    self.patch(trunk, 0.05, 0.62, strap - 0.16, strap + 0.16, bag)
-            if person.bag == "shoulder bag":
-                for face in (0, pi):
-                    for k in range(6):
-                        a = (-0.9 + 0.36 * k) * (1 if face == 0 else -1) + face
-                        self.patch(trunk, 0.12 + 0.14 * k, 0.32 + 0.14 * k, a - 0.06, a + 0.3, bag)
-
-        parts.append((0.0, draw_trunk))
-
-        # arms
-        for side in (-1, 1):
-            phase = pose.phase + (pi if side < 0 else 0)
-            swing = -0.55 * pose.stride * sin(phase)
-            upper, fore = 0.165 * h, 0.15 * h
-            shoulder = (side * 0.172 * g2, shoulder_y - 0.035, lean)
-            elbow = (side * (0.2 * g2 + 0.02), shoulder[1] - upper * cos(swing), lean + upper * sin(swing))
-            turn = swing + 0.3 + 0.2 * pose.stride
-            wrist = (side * (0.2 * g2 + 0.015), elbow[1] - fore * cos(turn), elbow[2] + fore * sin(turn))
-            hand = (wrist[0], wrist[1] - 0.04 * cos(turn), wrist[2] + 0.04 * sin(turn))
-
-            def draw_arm(side=side, shoulder=shoulder, elbow=elbow, wrist=wrist, hand=hand):
-                dim = 0.88 if self.depth(shoulder[0], shoulder[2]) < -0.08 else 1.0
-                sleeve = {"vest": 0.0, "t-shirt": 0.6}.get(person.top, 1.0)
-                thick = 0.012 if width > 1 else 0.0
-                self.limb(wrist, 0.032, hand, 0.036, skin, dim)
-                if person.bag == "tote" and side > 0:
-                    x, y, z = hand
-                    top_row, low_row = y - 0.12, y - 0.42
-                    self.limb((x, y, z - 0.02), 0.012, (x, top_row, z - 0.09), 0.012, bag, dim)
-                    self.limb((x, y, z + 0.02), 0.012, (x, top_row, z + 0.09), 0.012, bag, dim)
-                    rows = [self.row(top_row, 0.05, 0.14, x=x, z=z), self.row(low_row, 0.06, 0.16, x=x, z=z)]
-                    self.column(rows, bag)
-                self.limb(elbow, 0.042 + thick, wrist, 0.03 + thick, top if sleeve == 1 else skin, dim)
-                self.limb(shoulder, 0.05 + thick, elbow, 0.043 + thick, top if sleeve == 1 else skin, dim)
-                if sleeve == 0.6:
-                    low = tuple(a + sleeve * (b - a) for a, b in zip(shoulder, elbow, strict=True))
-                    self.limb(shoulder, 0.06, low, 0.058, top, dim)
-                if person.pattern == "stripes" and sleeve:
-                    for k in (0.25, 0.55, 0.9)[: 1 if sleeve < 1 else 3]:
-                        a = tuple(p + k * (q - p) for p, q in zip(shoulder, elbow, strict=True))
-                        self.stripe(a, elbow, 0.06 + thick, second)
-
-            parts.append((self.depth(elbow[0], (elbow[2] + wrist[2]) / 2), draw_arm))
-
-        # bags on the body
-        if person.bag == "backpack":
-            z = -0.2 * g2
-
-            def draw_backpack():
-                rows = [
-                    self.row(shoulder_y + 0.01, 0.08, 0.05, z=z + 0.04),
-                    self.row(shoulder_y - 0.05, 0.135, 0.085, z=z),
-                    self.row(waist_y - 0.02, 0.15, 0.1, z=z),
-                    self.row(waist_y - 0.08, 0.13, 0.08, z=z + 0.01),
-                ]
-                self.column(rows, bag)
-                self.patch(rows, 0.55, 0.9, pi - 0.9, pi + 0.9, mix(bag, (0, 0, 0), 0.25))
-                self.patch(rows, 0.5, 0.55, pi - 1.1, pi + 1.1, mix(bag, (255, 255, 255), 0.4))
-
-            parts.append((self.depth(0, z), draw_backpack))
-        elif person.bag == "shoulder bag":
-            x = 0.2 * g2
-
-            def draw_shoulder_bag():
-                rows = [self.row(hip_y + 0.1, 0.045, 0.13, x=x), self.row(hip_y - 0.12, 0.055, 0.15, x=x)]
-                self.column(rows, bag)
-                self.band(rows, 0.4, 0.5, mix(bag, (0, 0, 0), 0.3))
-
-            parts.append((self.depth(x, 0) + 0.001, draw_shoulder_bag))
-
-        # head
-        radius, tall = 0.088, 0.122
-        head = (0.0, neck_y + 0.05 + tall, lean + 0.02)
-
-        def draw_head():
-            self.limb((0, neck_y - 0.01, lean), 0.052, (0, neck_y + 0.08, lean + 0.01), 0.05, skin, 0.85)
-            back_of_head = hair if person.hair not in ("bald", "cap") else skin
-            if person.hair == "cap":
-                back_of_head = COLOURS["brown"]
-            if person.hair == "long" and self.cos > 0:
-                self.long_hair(head, radius, tall, hair)
-            self.ball(head, radius * 1.04, tall * 1.03, back_of_head)
-            face = cos(pose.yaw)
-            if face > -0.5:  # the face looks to where the person walks
-                cx, cy = self.point(*head)
-                wide = radius * min(1.0, 0.62 + 0.34 * max(0.0, face))
-                shift = (radius - wide) * self.sin * 1.02
-                drop_face = 0.0 if person.hair == "bald" else 0.2 * tall
-                self.oval(cx + self.unit * shift, cy + self.unit * drop_face, wide, tall - drop_face * 0.95, skin)
-                for eye in (-0.42, 0.42):
-                    if cos(pose.yaw + eye) > 0.25:
-                        ex = cx + self.unit * 0.95 * radius * sin(pose.yaw + eye)
-                        ey, r = cy + self.unit * 0.12 * tall, 0.011 * self.unit
-                        self.draw_colour.ellipse((ex - r, ey - 1.2 * r, ex + r, ey + 1.2 * r), fill=(40, 30, 30))
-                if abs(self.sin) > 0.6:  # a nose in profile
-                    nx, ny = cx + self.unit * radius * 0.97 * np.sign(self.sin), cy + self.unit * 0.3 * tall
-                    r = 0.02 * self.unit
-                    self.oval(nx, ny, 0.02, 0.024, skin)
-            if person.hair == "long" and self.cos <= 0:
-                self.long_hair(head, radius, tall, hair)
-            if person.hair == "bun":
-                self.ball((0, head[1] + 0.9 * tall, head[2] - 0.6 * radius), 0.05, 0.05, hair)
-            if person.hair == "ponytail" and self.cos <= 0.35:
-                start = (0, head[1] + 0.4 * tall, head[2] - radius)
-                self.limb(start, 0.03, (0, head[1] - 1.2 * tall, head[2] - 1.5 * radius), 0.03, hair)
-            if person.hair == "cap":
-                x, y, z = head
-                rows = [
-                    self.row(y + 1.1 * tall, 0.03, 0.03, z=z),
-                    self.row(y + 0.9 * tall, 0.075, 0.075, z=z),
-                    self.row(y + 0.35 * tall, 0.096, 0.1, z=z),
-                ]
-                self.column(rows, hair)
-                if self.cos > -0.4:
-                    rows = [self.row(y + 0.45 * tall, 0.06, 0.07, z=z + 0.08)]
-                    rows.append(self.row(y + 0.3 * tall, 0.07, 0.07, z=z + 0.09))
-                    self.column(rows, mix(hair, (0, 0, 0), 0.25))
-            if person.top == "hoodie":
-                rows = [self.row(neck_y + 0.07, 0.075, 0.06, z=lean - 0.05)]
-                rows.append(self.row(neck_y - 0.03, 0.11, 0.075, z=lean - 0.07))
-                if self.cos < 0.3:
-                    self.column(rows, mix(top, (0, 0, 0), 0.12))
-
-        parts.append((0.0005, draw_head))
-        for _, draw_part in sorted(parts, key=lambda part: part[0]):
-            draw_part()
-
-    def stripe(self, a: tuple, b: tuple, radius: float, colour: tuple):
+    def ring(self, a: tuple, b: tuple, radius: float, colour: tuple):
         """A ring around a limb at joint a, on the way to b."""
         (ax, ay), (bx, by) = self.point(*a), self.point(*b)
         length = max(1e-6, hypot(bx - ax, by - ay))
-        ux, uy, r = (bx - ax) / length, (by - ay) / length, radius * self.unit
-        t = 0.45 * r
-        corners = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-        self.draw_colour.polygon([(ax - uy * r * i + ux * t * j, ay + ux * r * i + uy * t * j) for i, j in corners], colour)
+        r = radius * self.unit
+        ux, uy = r * (bx - ax) / length, r * (by - ay) / length
+        corners = ((-1, -0.45), (1, -0.45), (1, 0.45), (-1, 0.45))
+        self.draw_colour.polygon([(ax - uy * i + ux * j, ay + ux * i + uy * j) for i, j in corners], colour)
 
     def oval(self, cx: float, cy: float, a: float, b: float, colour: tuple):
         """An ellipse at a pixel, with half axes in metres."""
@@ -558,18 +401,171 @@ class Figure:
             x = cx + self.side * shift * a
             self.draw_light.ellipse((x - a * size, cy - b * size, x + a * size, cy + b * size), fill=tone)
 
-    def ball(self, centre: tuple, a: float, b: float, colour: tuple):
-        cx, cy = self.point(*centre)
-        self.oval(cx, cy, a, b, colour)
+    # the parts of a body
 
-    def long_hair(self, head: tuple, radius: float, tall: float, colour: tuple):
-        x, y, z = head
+    def bend_leg(self, side: int) -> tuple:
+        """side, knee and ankle seen from a hip at height 0, tilt of the foot."""
+        phase, part = self.pose.phase + (pi if side < 0 else 0), 0.235 * self.tall
+        swing = 0.48 * self.pose.stride * sin(phase)
+        tilt = swing - 0.08 - 0.75 * self.pose.stride * max(0.0, cos(phase))
+        knee = (0.082 * side * self.girth, -part * cos(swing), part * sin(swing))
+        ankle = (0.075 * side * self.girth, knee[1] - part * cos(tilt), knee[2] + part * sin(tilt))
+        return side, knee, ankle, tilt
+
+    def draw_leg(self, side: int, knee: tuple, ankle: tuple, tilt: float, dim: float):
+        g, kind = self.girth, self.person.bottom
+        hip, knee = (0.085 * side * g, self.hip_y, 0.0), (knee[0], knee[1] + self.hip_y, knee[2])
+        x, y, z = ankle[0], ankle[1] + self.hip_y, ankle[2]
+        toe = (x + 0.02 * side, max(0.03, y - 0.05 + 0.15 * sin(tilt)), z + 0.15 * cos(tilt))
+        self.limb([(x, max(0.035, y - 0.05), z - 0.02), toe], [0.045, 0.036], [self.shoes], dim)
+        if kind == "trousers":
+            self.limb([hip, knee, (x, y, z)], [0.092 * g, 0.074, 0.056], [self.bottom] * 2, dim)
+        else:
+            self.limb([hip, knee, (x, y, z)], [0.088 * g, 0.058, 0.038], [self.skin] * 2, dim)
+        if kind == "shorts":
+            self.limb([hip, between(hip, knee, 0.85)], [0.1 * g, 0.086], [self.bottom], dim)
+
+    def draw_hips(self):
+        g, waist = self.girth, self.row(self.waist_y, 0.14 * self.girth, 0.1 * self.girth)
+        if self.person.bottom == "skirt":
+            hem = self.row(self.hip_y - 0.2 * self.tall, 0.2 * g, 0.17 * g + 0.04 * self.pose.stride)
+            self.column([waist, self.row(self.hip_y, 0.175 * g, 0.13 * g), hem], self.bottom)
+        else:
+            self.column([waist, self.row(self.hip_y - 0.05, 0.165 * g, 0.115 * g)], self.bottom)
+
+    def draw_top(self):
+        g, lean, top, second, kind = self.loose, self.lean, self.top, self.second, self.person.top
         rows = [
-            self.row(y + 0.5 * tall, 0.9 * radius, 0.7 * radius, z=z - 0.02),
-            self.row(y - 0.3 * tall, 1.2 * radius, 0.8 * radius, z=z - 0.05),
-            self.row(y - 1.7 * tall, 1.25 * radius, 0.7 * radius, z=z - 0.07),
+            self.row(self.neck_y + 0.02, 0.07, 0.065, z=lean),
+            self.row(self.shoulder_y + 0.012, 0.145 * g, 0.085 * g, z=lean),
+            self.row(self.shoulder_y - 0.04, 0.178 * g, 0.105 * g, z=lean),
+            self.row(self.chest_y, 0.17 * g, 0.12 * g, z=0.8 * lean),
+            self.row(self.waist_y, 0.145 * g, 0.108 * g, z=0.3 * lean),
+            self.row(self.hip_y + 0.01, 0.168 * g, 0.122 * g),
         ]
-        self.column(rows, colour)
+        if kind == "coat":
+            rows.append(self.row(self.hip_y - 0.17 * self.tall, 0.19 * g, 0.16 * g))
+        self.column(rows, top)
+        if self.person.pattern == "stripes":
+            for k in range(1, 5):
+                self.band(rows, 0.2 * k - 0.02, 0.2 * k + 0.07, second)
+        elif self.person.pattern == "checks":
+            for k in range(1, 6):
+                self.band(rows, 0.17 * k - 0.06, 0.17 * k + 0.01, mix(top, second, 0.6))
+            for k in range(-5, 6):
+                self.patch(rows, 0.06, 1.0, 0.55 * k - 0.1, 0.55 * k + 0.1, second)
+        elif self.person.pattern == "yoke":
+            self.band(rows, 0.0, 0.22, second)
+            self.band(rows, 0.2, 0.42, second)
+        elif self.person.pattern == "print":
+            self.patch(rows, 0.3, 0.62, -0.75, 0.75, second)
+            self.patch(rows, 0.38, 0.54, -0.4, 0.4, mix(second, top, 0.7))
+        if kind in ("jacket", "coat"):  # worn open
+            self.patch(rows, 0.0, 1.0, -0.3, 0.3, second)
+        elif kind == "hoodie":  # a pocket
+            self.patch(rows, 0.68, 0.92, -0.8, 0.8, mix(top, BLACK, 0.18))
+        if self.person.bag == "backpack":
+            for angle in (-0.75, 0.75):
+                self.patch(rows, 0.05, 0.62, angle - 0.16, angle + 0.16, self.bag)
+        elif self.person.bag == "shoulder bag":
+            self.strap(rows[1:6], -0.5, 1.2, self.bag)
+            self.strap(rows[1:6], pi + 0.5, pi - 1.2, self.bag)
+
+    def arm(self, side: int) -> tuple:
+        """How near the arm is, and a function that draws it."""
+        phase, stride, g = self.pose.phase + (pi if side < 0 else 0), self.pose.stride, self.loose
+        swing = -0.55 * stride * sin(phase)  # against the leg
+        turn = swing + 0.3 + 0.2 * stride
+        upper, fore = 0.165 * self.tall, 0.15 * self.tall
+        shoulder = (0.158 * side * g, self.shoulder_y - 0.04, self.lean)
+        x, y, z = side * (0.195 * g + 0.02), shoulder[1] - upper * cos(swing), self.lean + upper * sin(swing)
+        elbow, wrist = (x, y, z), (side * (0.2 * g + 0.015), y - fore * cos(turn), z + fore * sin(turn))
+        hand = (wrist[0], wrist[1] - 0.04 * cos(turn), wrist[2] + 0.04 * sin(turn))
+        return self.depth(x, (z + wrist[2]) / 2), lambda: self.draw_arm(side, shoulder, elbow, wrist, hand)
+
+    def draw_arm(self, side: int, shoulder: tuple, elbow: tuple, wrist: tuple, hand: tuple):
+        dim = 0.88 if self.depth(shoulder[0], shoulder[2]) < -0.08 else 1.0
+        sleeve = {"vest": 0.0, "t-shirt": 0.6}.get(self.person.top, 1.0)  # share of the upper arm
+        thick = 0.012 if self.loose > self.girth else 0.0
+        self.limb([wrist, hand], [0.03, 0.036], [self.skin], dim)
+        if self.person.bag == "tote" and side > 0:
+            x, y, z = hand
+            for handle in (-1, 1):
+                end = (x, y - 0.12, z + 0.09 * handle)
+                self.limb([(x, y, z + 0.02 * handle), end], [0.012, 0.012], [self.bag], dim)
+            self.column([self.row(y - 0.12, 0.05, 0.14, x, z), self.row(y - 0.42, 0.06, 0.16, x, z)], self.bag)
+        thickness = [0.054 + thick, 0.044 + thick, 0.031 + thick]
+        self.limb([shoulder, elbow, wrist], thickness, [self.top if sleeve == 1 else self.skin] * 2, dim)
+        if sleeve == 0.6:
+            self.limb([shoulder, between(shoulder, elbow, sleeve)], [0.057, 0.058], [self.top], dim)
+        if self.person.pattern == "stripes" and sleeve:
+            for share in (0.25, 0.55, 0.9)[: 1 if sleeve < 1 else 3]:
+                self.ring(between(shoulder, elbow, share), elbow, 0.056 + thick, self.second)
+
+    def draw_backpack(self):
+        z = self.lean - 0.1 * self.loose - 0.07
+        rows = [
+            self.row(self.shoulder_y + 0.01, 0.08, 0.05, z=z + 0.04),
+            self.row(self.shoulder_y - 0.05, 0.135, 0.085, z=z),
+            self.row(self.waist_y - 0.02, 0.15, 0.1, z=z),
+            self.row(self.waist_y - 0.08, 0.13, 0.08, z=z + 0.01),
+        ]
+        self.column(rows, self.bag)
+        self.patch(rows, 0.55, 0.9, pi - 0.9, pi + 0.9, mix(self.bag, BLACK, 0.25))
+        self.patch(rows, 0.5, 0.55, pi - 1.1, pi + 1.1, mix(self.bag, (255, 255, 255), 0.4))
+
+    def draw_shoulder_bag(self):
+        x = 0.2 * self.loose
+        rows = [self.row(self.hip_y + 0.1, 0.045, 0.13, x=x), self.row(self.hip_y - 0.12, 0.055, 0.15, x=x)]
+        self.column(rows, self.bag)
+        self.band(rows, 0.4, 0.5, mix(self.bag, BLACK, 0.3))
+
+    def draw_head(self):
+        style, lean = self.person.hair, self.lean
+        rx, ry = 0.088, 0.122
+        y, z = self.neck_y + 0.05 + ry, lean + 0.02  # of the middle of the head
+        neck = [(0, self.neck_y - 0.01, lean), (0, self.neck_y + 0.08, lean + 0.01)]
+        self.limb(neck, [0.052, 0.05], [self.skin], 0.85)
+        long_hair = [
+            self.row(y + 0.5 * ry, 0.9 * rx, 0.7 * rx, z=z - 0.02),
+            self.row(y - 0.3 * ry, 1.2 * rx, 0.8 * rx, z=z - 0.05),
+            self.row(y - 1.7 * ry, 1.25 * rx, 0.7 * rx, z=z - 0.07),
+        ]
+        if style == "long" and self.cos > 0:
+            self.column(long_hair, self.hair)
+        cx, cy = self.point(0, y, z)
+        behind = {"bald": self.skin, "cap": COLOURS["brown"]}.get(style, self.hair)
+        self.oval(cx, cy, rx * 1.04, ry * 1.03, behind)
+        if self.cos > -0.5:  # the face looks where the person walks
+            wide = rx * min(1.0, 0.62 + 0.34 * max(0.0, self.cos))
+            low = 0.0 if style == "bald" else 0.2 * ry
+            x = cx + 1.02 * self.unit * (rx - wide) * self.sin
+            self.oval(x, cy + self.unit * low, wide, ry - 0.95 * low, self.skin)
+            for eye in (self.pose.yaw - 0.42, self.pose.yaw + 0.42):
+                if cos(eye) > 0.25:
+                    ex, ey, r = cx + self.unit * 0.95 * rx * sin(eye), cy + self.unit * 0.12 * ry, 0.011 * self.unit
+                    self.draw_colour.ellipse((ex - r, ey - 1.2 * r, ex + r, ey + 1.2 * r), fill=(40, 30, 30))
+            if abs(self.sin) > 0.6:  # a nose in profile
+                nose = self.unit * rx * (0.97 if self.sin > 0 else -0.97)
+                self.oval(cx + nose, cy + self.unit * 0.3 * ry, 0.02, 0.024, self.skin)
+        if style == "long" and self.cos <= 0:
+            self.column(long_hair, self.hair)
+        elif style == "bun":
+            self.oval(*self.point(0, y + 0.9 * ry, z - 0.6 * rx), 0.05, 0.05, self.hair)
+        elif style == "ponytail" and self.cos <= 0.35:
+            tail = [(0, y + 0.4 * ry, z - rx), (0, y - 1.2 * ry, z - 1.5 * rx)]
+            self.limb(tail, [0.035, 0.025], [self.hair])
+        elif style == "cap":
+            crown = [self.row(y + 1.1 * ry, 0.03, 0.03, z=z), self.row(y + 0.9 * ry, 0.075, 0.075, z=z)]
+            self.column([*crown, self.row(y + 0.35 * ry, 0.096, 0.1, z=z)], self.hair)
+            if self.cos > -0.4:
+                visor = self.row(y + 0.45 * ry, 0.06, 0.07, z=z + 0.08), self.row(y + 0.3 * ry, 0.07, 0.07, z=z + 0.09)
+                self.column(visor, mix(self.hair, BLACK, 0.25))
+        if self.person.top == "hoodie" and self.cos < 0.3:
+            hood = [self.row(self.neck_y + 0.07, 0.075, 0.06, z=lean - 0.05)]
+            self.column([*hood, self.row(self.neck_y - 0.03, 0.11, 0.075, z=lean - 0.07)], mix(self.top, BLACK, 0.12))
+
+    # the whole
 
     def paste_on(self, image: Image.Image):
         mask = self.light.point(lambda value: 255 if value else 0)
@@ -610,17 +606,6 @@ def level(rows: list[tuple], share: float) -> tuple:
 # -------------------------------------------------------------------------------------------------------- images
 
 
-class Pose(NamedTuple):
-    """How a figure stands in the box: yaw 0 faces the camera; x, ground in supersampled pixels; size in boxes."""
-
-    yaw: float
-    phase: float
-    stride: float
-    x: float
-    ground: float
-    size: float
-
-
 class Task(NamedTuple):
     """One image to draw."""
 
@@ -633,13 +618,13 @@ class Task(NamedTuple):
 
 
 def random_pose(rng: np.random.Generator, yaw: float, error: float) -> Pose:
-    size = rng.normal(0.88, 0.03 + 0.04 * error)
+    size = rng.normal(0.92, 0.02 + 0.03 * error)
     return Pose(
         yaw=yaw + rng.normal(0, 0.25),
         phase=rng.uniform(0, 2 * pi),
         stride=rng.uniform(0.3, 1.0) if rng.random() < 0.85 else 0.1,
-        x=WIDTH * SCALE * (0.5 + rng.normal(0, 0.03 + 0.04 * error)),
-        ground=HEIGHT * SCALE * (0.955 + rng.normal(0, 0.012 + 0.02 * error)),
+        x=WIDTH * SCALE * (0.5 + rng.normal(0, 0.02 + 0.03 * error)),
+        ground=HEIGHT * SCALE * (0.965 + rng.normal(0, 0.01 + 0.015 * error)),
         size=size,
     )
 
@@ -692,7 +677,7 @@ def render(task: Task, seed: int) -> tuple[Image.Image, int]:
 
     views = np.array(camera.views) / sum(camera.views)
     yaw = track.choice(4, p=views) * pi / 2
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         yaw = rng.choice(4, p=views) * pi / 2
     place, exposure = track.uniform(0.0, 1.0), track.normal(1.0, 0.08)
 
@@ -711,7 +696,7 @@ def render(task: Task, seed: int) -> tuple[Image.Image, int]:
             x=pose.x + WIDTH * SCALE * rng.choice((-1, 1)) * rng.uniform(0.3, 0.6),
             ground=HEIGHT * SCALE * rng.uniform(0.9, 1.5),
         )
-    elif rng.random() < 0.12:  # cut feet
+    elif rng.random() < 0.08:  # cut feet
         pose = pose._replace(ground=pose.ground + HEIGHT * SCALE * rng.uniform(0.05, 0.2), size=pose.size * 1.08)
     if task.stream != DISTRACTOR or rng.random() < 0.6:  # the other distractors are boxes around nothing
         length = int(0.5 * pose.size * WIDTH * SCALE * 1.3)
@@ -719,7 +704,7 @@ def render(task: Task, seed: int) -> tuple[Image.Image, int]:
         corner = (int(pose.x - length / 2 - camera.light * 0.3 * length), int(pose.ground - length / 8))
         image.paste((24, 24, 30), corner, patch)
         Figure(person, pose, camera).paste_on(image)
-    if rng.random() < (0.12 if task.stream != DISTRACTOR else 0.4):
+    if rng.random() < (0.1 if task.stream != DISTRACTOR else 0.4):
         occlude(image, camera, rng)
     image = image.reduce(SCALE)
 
@@ -829,27 +814,34 @@ def draw_all(folder: Path, num_ids: int, seed: int, workers: int | None):
                 bar.update()
             return
         read_end, write_end = os.pipe()
-        command = [sys.executable, __file__, "--worker", str(folder), str(num_ids), str(seed), str(workers)]
-        processes = [subprocess.Popen([*command, str(k)], stdout=write_end) for k in range(workers)]
+        commands = [worker_command(folder, num_ids, seed, workers, number) for number in range(workers)]
+        processes = [subprocess.Popen(command, stdout=write_end) for command in commands]
         os.close(write_end)
         try:
             with open(read_end, "rb", buffering=0) as progress:
                 while done := progress.read(4096):
                     bar.update(len(done))
             if any(process.wait() for process in processes):
-                raise RuntimeError(f"the generated pedestrians could not be drawn into {folder.parent}: see above")
+                raise OSError(f"the generated pedestrians could not be drawn in {folder.parent}: see the message above")
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
 
 
+def worker_command(folder: Path, num_ids: int, seed: int, workers: int, number: int) -> list[str]:
+    return [sys.executable, __file__, "--worker", str(folder), *(str(n) for n in (num_ids, seed, workers, number))]
+
+
 def worker(folder: str, num_ids: int, seed: int, workers: int, number: int):
+    """Draws every workers-th image, in a process of its own; writes one byte per image."""
     try:
         for _ in draw_tasks(tasks(num_ids, seed)[number::workers], Path(folder), seed):
             os.write(1, b".")
     except BrokenPipeError:  # the process that waits for the images is gone
         pass
+    except OSError as error:  # a full disk, say
+        sys.exit(str(error))
 
 
 def contact_sheet(path: str | Path, seed: int = 0, num_people: int = 5):
@@ -859,7 +851,8 @@ def contact_sheet(path: str | Path, seed: int = 0, num_people: int = 5):
     twins = int(num_ids * TWIN_SHARE / 2)
     rows = [person for k in range(num_people) for person in (group[k], group[num_ids - twins + k])]
     gap = 4
-    sheet = Image.new("RGB", (12 * (WIDTH + gap) + 5 * 3 * gap, len(rows) * (HEIGHT + gap) + num_people * 3 * gap), "white")
+    size = 12 * (WIDTH + gap) + 5 * 3 * gap - gap, len(rows) * (HEIGHT + gap) + (num_people - 1) * 3 * gap - gap
+    sheet = Image.new("RGB", size, "white")
     for number, person in enumerate(rows):
         for column in range(12):
             camera, index = column // 2 + 1, column % 2
