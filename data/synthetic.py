@@ -844,22 +844,27 @@ def worker(folder: str, num_ids: int, seed: int, workers: int, number: int):
         sys.exit(str(error))
 
 
-def contact_sheet(path: str | Path, seed: int = 0, num_people: int = 5):
+def contact_sheet(path: str | Path, seed: int = 0, num_people: int = 3):
     """A picture to look at: rows are people, each with its near twin below; columns are cameras, two images each."""
-    num_ids = 40
-    group = people(num_ids, seed, TEST)
-    twins = int(num_ids * TWIN_SHARE / 2)
-    rows = [person for k in range(num_people) for person in (group[k], group[num_ids - twins + k])]
-    gap = 4
-    size = 12 * (WIDTH + gap) + 5 * 3 * gap - gap, len(rows) * (HEIGHT + gap) + (num_people - 1) * 3 * gap - gap
+    num_ids, gap, group_gap = 60, 4, 12  # gaps in pixels: between images, and more between cameras and between people
+    group, pairs = people(num_ids, seed, TEST), {}
+    for original, twin in zip(group, group[-int(num_ids * TWIN_SHARE / 2) :], strict=False):
+        detail = next(name for name in Person._fields if getattr(original, name) != getattr(twin, name))
+        pairs.setdefault(detail, (original, twin))  # each pair differs in another detail
+    rows = [person for pair in list(pairs.values())[:num_people] for person in pair]
+    columns = [(camera, index) for camera in range(1, 7) for index in range(2)]
+
+    def corner(row: int, column: int) -> tuple[int, int]:
+        across, down = column * (WIDTH + gap), row * (HEIGHT + gap)
+        return across + (column // 2) * group_gap, down + (row // 2) * group_gap
+
+    size = tuple(np.add(corner(len(rows) - 1, len(columns) - 1), (WIDTH, HEIGHT)).tolist())
     sheet = Image.new("RGB", size, "white")
-    for number, person in enumerate(rows):
-        for column in range(12):
-            camera, index = column // 2 + 1, column % 2
-            image, _ = render(Task("", TEST, 900 + number, camera, index, person), seed)
-            x = column * (WIDTH + gap) + (column // 2) * 3 * gap
-            sheet.paste(image, (x, number * (HEIGHT + gap) + (number // 2) * 3 * gap))
-    sheet.save(path)
+    for row, person in enumerate(rows):
+        for column, (camera, index) in enumerate(columns):
+            image, _ = render(Task("", TEST, 2000 + row, camera, index, person), seed)
+            sheet.paste(image, corner(row, column))
+    sheet.quantize(256).save(path, optimize=True)  # a third of the bytes
 
 
 if __name__ == "__main__":
