@@ -15,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ig
 def test_the_benchmark_writes_its_file(tmp_path, capsys):
     peers = pytest.importorskip("pytorch_metric_learning")
     main(["--batch-sizes", "8", "--num-classes", "5", "11", "--embedding-dim", "16", "--repeats", "2",
-          "--devices", "cpu", "--arch", "resnet18", "--height", "32", "--width", "32", "--network-batch", "8", "--network-repeats", "2",
-          "--machine", "my box/1", "--out", str(tmp_path)])  # fmt: skip
+          "--devices", "cpu", "--arch", "resnet18", "--height", "32", "--width", "32", "--network-batch", "8",
+          "--network-repeats", "2", "--machine", "my box/1", "--out", str(tmp_path)])  # fmt: skip
     (path,) = tmp_path.iterdir()
     assert path.name == "losses_my-box-1.json"
     result = json.loads(path.read_text())
