@@ -213,5 +213,5 @@ def test_two_at_once_end_well(tmp_path, small, monkeypatch):
 
 def test_contact_sheet(tmp_path):
     synthetic.contact_sheet(tmp_path / "sheet.png", num_people=1)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (128 + 4 + 128, 12 * 64 + 11 * 4 + 5 * 12, 3)
