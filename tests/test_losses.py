@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import losses
@@ -167,6 +168,31 @@ def test_half_precision_is_computed_in_float32_also_under_autocast(case, dtype):
     assert loss.dtype == torch.float32 and embeddings.grad.dtype == dtype
     assert torch.equal(loss, expected)
     assert torch.equal(embeddings.grad, gradient.to(dtype))
+
+
+class RecordAutocast(TorchFunctionMode):
+    """Whether autocast was on, for every function that returned a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.states.append(torch.is_autocast_enabled("cpu"))
+        return result
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_is_off_inside_a_loss(name):
+    """Also where today's autocast would leave every function of it alone."""
+    loss_fn, (embeddings, labels) = make(name), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16), RecordAutocast() as record:
+        loss_fn(embeddings, labels)
+        assert len(record.states) > 5 and not any(record.states)
+        embeddings + 1
+        assert record.states[-1]
 
 
 @every_loss
