@@ -163,6 +163,7 @@ def test_without_market_and_duke_it_says_so_and_takes_the_generated_set(checkout
 
 
 def test_lists_from_the_environment(checkout):
+    (checkout / "softmax+0.5 or triplet").touch()  # a file that a shell would take the expression for
     out, err = dry(checkout, DATASETS="synthetic market", LOSSES="softmax+0.5*triplet npair", SEEDS="3")
     assert names(out) == [f"{dataset}_{loss}_s3" for dataset in ("synthetic", "market")
                           for loss in ("softmax+0.5xtriplet", "npair")]  # fmt: skip
