@@ -594,8 +594,9 @@ def tables(rows: Sequence[dict], decoding: Sequence[dict]) -> str:
         ("Peak memory (MiB), and what happens between two epochs", memory,
          ["network", "precision", "train.py", "torchreid's way", "of it the image store", "checkpoint s",
           "between epochs s", "% of an epoch at Market size"], (*[".1f"] * 5, *[".2f"] * 3)),
-        ("Decoding, images/s", decoded, ["size", "images", "once, into the store", "threads",
-                                         "an epoch of a DataLoader", "workers", "time once / epoch"], (*[".0f"] * 6, ".2f")),
+        ("Decoding, images/s", decoded,
+         ["size", "images", "once, into the store", "threads", "an epoch of a DataLoader", "workers",
+          "time once / epoch"], (*[".0f"] * 6, ".2f")),
     ]  # fmt: skip
     text = [f"{title}\n\n{tabulate(table, heads, floatfmt=form)}\n" for title, table, heads, form in blocks if table]
     return "\n".join(text) + "\n" + "\n".join(verdicts)
@@ -669,6 +670,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args.archs = args.archs or (["resnet50"] if args.whole else list(SIZES))
     if min(args.repeats, args.steps or 1, args.p or 1, args.ids, args.epochs) < 1:
         parser.error("--steps, --repeats, --p, --ids and --epochs must be at least 1")
+    try:
+        build_loss(args.loss, 2, 2)
+        torch.empty(0, device=args.device)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
     return args
 
 
@@ -706,8 +712,7 @@ def main(argv: list[str] | None = None) -> None:
         }
     print(", ".join(f"{key} {value}" for key, value in facts.items() if key != "command"))
     if device.type == "cpu" and "bfloat16" in args.precisions and not facts["amx_bf16"]:
-        print("This processor has no matrix unit for bfloat16 (AMX): here --amp gains nothing, and its targets, which\n"
-              "were set on processors with one, can't be met.")  # fmt: skip
+        print("No matrix unit for bfloat16 (AMX) here; the targets of the bfloat16 rows come from one that has it.")
     with tempfile.TemporaryDirectory() as temporary:
         data_dir = args.data_dir or Path(temporary)
         if args.whole:

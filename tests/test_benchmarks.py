@@ -97,8 +97,10 @@ def test_one_job_for_each_row():
     assert [(job.precision, job.p, job.steps, job.height) for job in training.jobs_of(args, "")] == [
         ("float32", 8, 3, 256), ("bfloat16", 8, 3, 256)
     ]  # fmt: skip
-    args = training.parse_flags(["--device", "cuda", "--precisions", "bfloat16"])
+    args = training.parse_flags(["--device", "cpu", "--precisions", "bfloat16", "--compile"])
+    args.device = "cuda"  # larger batches and longer epochs
     jobs = [(job.arch, job.compile, job.p, job.steps) for job in training.jobs_of(args, "")]
     assert jobs == [(arch, compiled, 16, 100) for arch in ("resnet18", "resnet50") for compiled in (False, True)]
-    with pytest.raises(SystemExit):
-        training.parse_flags(["--repeats", "0"])
+    for wrong in (["--repeats", "0"], ["--loss", "foo"], ["--device", "abacus"]):
+        with pytest.raises(SystemExit):
+            training.parse_flags(wrong)
