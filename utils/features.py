@@ -54,15 +54,23 @@ def save_features(path: str | Path, features: Features) -> Path:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished{path.suffix}")  # np.savez wants the ending
-    if path.suffix == ".npz":
-        np.savez(unfinished, **arrays)
-    else:
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
-        unfinished.mkdir()
-        for name, array in arrays.items():
-            np.save(unfinished / f"{name}.npy", array)
-    unfinished.rename(path)
+    try:
+        if path.suffix == ".npz":
+            np.savez(unfinished, **arrays)
+        else:
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            unfinished.mkdir()
+            for name, array in arrays.items():
+                np.save(unfinished / f"{name}.npy", array)
+        unfinished.rename(path)
+    except BaseException as error:  # nothing half is left behind, on a full disk above all
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished.is_file():
+            unfinished.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"{path} could not be written ({error.strerror or error}).") from error
+        raise
     return path
 
 
