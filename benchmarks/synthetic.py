@@ -1,7 +1,7 @@
 """Measures how hard the generated pedestrians are: neither solvable by colour nor saturated, and like re-ID otherwise.
 
     python benchmarks/synthetic.py                           # every part; goes on where it was stopped
-    python benchmarks/synthetic.py --parts hsv untrained     # two minutes; the others train
+    python benchmarks/synthetic.py --parts hsv untrained     # a minute or two; the others train
     python benchmarks/synthetic.py --parts softmax long cameras seeds losses
 
     hsv        HSV histograms over six stripes, nothing learnt
@@ -123,7 +123,9 @@ def trained(name: str, flags: list[str], checkpoint: bool = False) -> dict:
 
 
 def quick_run(args, seed: int = 0, suffix: str = "", extra: tuple[str, ...] = (), checkpoint: bool = False) -> dict:
-    flags = ["--loss", "softmax", "--dataset", "synthetic", "--data-dir", str(args.data_dir), *quick_flags()]
+    flags = ["--loss", "softmax", "--dataset", "synthetic", *quick_flags()]
+    if args.data_dir != ROOT / "datasets":  # train.py's default, left out so that runs of experiments.sh can be resumed
+        flags += ["--data-dir", str(args.data_dir)]
     return trained(f"synthetic_softmax_s{seed}_quick{suffix}", [*flags, *extra, "--seed", str(seed)], checkpoint)
 
 
@@ -165,7 +167,8 @@ def measure_cameras(args) -> dict:
             if folder != "bounding_box_train" or int(re.search(r"_c(\d)s", path.name)[1]) in NEAR:
                 shutil.copyfile(path, copy / folder / path.name)
     try:
-        flags = ["--loss", "softmax", "--dataset", "market", "--data-dir", str(copy), *quick_flags(), "--seed", "0"]
+        flags = ["--loss", "softmax", "--dataset", "market", *quick_flags(), "--seed", "0"]
+        flags += ["--data-dir", str(copy.relative_to(ROOT))]
         trained(name, flags, checkpoint=True)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
