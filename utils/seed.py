@@ -24,5 +24,5 @@ def set_determinism(deterministic: bool) -> None:
     """deterministic: the same bits on every run of one GPU, at some cost; otherwise cuDNN picks its fastest kernels."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it set before its first call
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
