@@ -34,11 +34,12 @@ from torch import Tensor
 
 JUNK = -1  # pid of gallery images that are dropped
 ROUNDING = 1e-12  # similarities this close are equal; relative to the lengths of the vectors
-TOLERANCE = 2**-18  # error of the float32 product, likewise relative; widened to 4 x what true matches show
-FAR = 1 / 128  # a true match behind more than this share of the gallery is compared with every image,
+TOLERANCE = 2**-19  # error of the float32 product, likewise relative; widened to 4 x what true matches show
+FAR = 1 / 64  # a true match behind more than this share of the gallery is compared with every image,
 CHUNK = 16  # the others only with chunks of images whose largest similarity is above
-CROWDED = 1 / 128  # share of close calls from which a part is computed again in float64
-SLICE = 512  # queries counted at a time on a CPU: what its cache holds
+CROWDED = 1 / 64  # share of close calls from which a part is computed again in float64
+LEAD = 128  # gallery images looked at before the first guess of which matches are far
+SLICE = 256  # queries handled at a time on a CPU where its cache counts
 
 
 def rank_metrics(
@@ -56,7 +57,7 @@ def rank_metrics(
     """Score the retrieval of query (Q, D) in gallery (G, D), compared by "cosine" or "euclidean" distance.
 
     Embeddings: tensors or arrays, also memory-mapped ones; pids and camids (Q,), (G,): any integers. The work is done
-    on the query's device, gallery_block rows (1024 on a CPU, 8192 elsewhere) against query_block at a time; only if
+    on the query's device, gallery_block rows (2048 on a CPU, 8192 elsewhere) against query_block at a time; only if
     memory runs out are both halved, which is said. An embedding of zeros has cosine similarity 0 to everything.
     Returns rank1, rank5, ... (one per entry of ranks), mAP, mAP_trapezoid, mINP: fractions from 0 to 1; num_queries:
     queries that have a true match. Raises ValueError if embeddings are not finite, empty or do not fit together, and
@@ -64,14 +65,14 @@ def rank_metrics(
     """
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"Unknown metric {metric!r}: choose cosine or euclidean.")
-    if len(query.shape) != 2 or len(gallery.shape) != 2 or query.shape[1] != gallery.shape[1]:
+    if len(query.shape) != 2 or len(gallery.shape) != 2 or not query.shape[1] == gallery.shape[1] > 0:
         raise ValueError(
             "Query and gallery embeddings must be tables of the same width, (Q, D) and (G, D), "
             f"not {tuple(query.shape)} and {tuple(gallery.shape)}."
         )
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     ids = _ids(query_pids, query_camids, gallery_pids, gallery_camids, len(query), len(gallery), device)
-    gallery_block = gallery_block or (1024 if device.type == "cpu" else 8192)
+    gallery_block = gallery_block or (2048 if device.type == "cpu" else 8192)
     while True:
         try:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -80,8 +81,9 @@ def rank_metrics(
                     for first in range(0, len(query), query_block)
                 ]
             return _metrics(results, ranks)
-        except (torch.OutOfMemoryError, MemoryError):
-            if max(query_block, gallery_block) <= 64:
+        except (RuntimeError, MemoryError) as error:
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+            if not memory or max(query_block, gallery_block) <= 64:
                 raise
             query_block, gallery_block = max(query_block // 2, 64), max(gallery_block // 2, 64)
         print(f"Out of memory: ranking again by blocks of {query_block} queries x {gallery_block} gallery images.")
@@ -118,38 +120,41 @@ def metrics_from_distance(
                 pairs.drop(score, begin, part.shape[1])
                 if score.dtype == torch.float32:
                     tally.prepare(torch.zeros(len(rows), dtype=torch.float64, device=device), seen=begin)
-                    tally.count(score, 0)
+                    tally.count(score)
                 else:
                     tally.count_float64(score, 0)
             results.append(tally.results())
     return _metrics(results, ranks)
 
 
-def _rank_queries(query, gallery, ids, here: slice, metric: str, gallery_block: int) -> Tensor:
+def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_block: int) -> Tensor:
     """The results of the queries in the slice `here`: (valid queries, 4), see _Tally.results."""
     device = ids[0].device
-    all_queries, query = query, _rows(query, here, device)
-    q, q_size, _ = _vectors(query, metric, torch.float32)
-    if not torch.isfinite(q_size).all():
+    query = _rows(all_queries, here, device)
+    q, q_weight, q_size, _ = _vectors(query, metric, torch.float32)
+    if not torch.isfinite(q_size).all():  # not finite, or only their squares are not, in float32
         _refuse_not_finite("query", all_queries, query)
+    q = q * q_weight[:, None]
     pairs = _Pairs(ids[0][here], ids[1][here], *ids[2:])
     if not pairs.match.any():
         return torch.empty(0, 4, dtype=torch.float64)
-    pair_score, slack = _pair_scores(query, gallery, pairs, metric)
-    tally = _Tally(pairs.query[pairs.match], (pair_score - slack)[pairs.match], len(query))
+    pair_score = _pair_scores(query, gallery, pairs, metric)
+    _refuse_not_finite("gallery", gallery, pair_score)
+    tally = _Tally(pairs.query[pairs.match], pair_score[pairs.match], len(query))
     buffer = torch.empty(len(query), _round_up(min(gallery_block, len(gallery))), device=device)
-    slice_rows = SLICE if device.type == "cpu" else len(query)
     tolerance, seen = TOLERANCE, 0
 
-    for begin in pairs.blocks(len(gallery), gallery_block):
-        rows = _rows(gallery, slice(begin, begin + gallery_block), device)
-        g, g_size, g_half = _vectors(rows, metric, torch.float32)
+    for begin, end in pairs.blocks(len(gallery), gallery_block):
+        rows = _rows(gallery, slice(begin, end), device)
+        g, g_weight, g_size, g_half = _vectors(rows, metric, torch.float32)
         if not torch.isfinite(g_size).all():
             _refuse_not_finite("gallery", gallery, rows)
         width = len(rows)
         score = buffer[:, : _round_up(width)]  # (Q, width), and some columns that fill the last chunk
         torch.mm(q, g.T, out=score[:, :width])  # the product: all the rest is to cost little beside it
-        if metric == "euclidean":
+        if metric == "cosine":
+            score[:, :width] *= g_weight
+        else:
             score[:, :width] -= g_half
 
         # How far the product can be trusted: its error where the similarity is known, relative to the lengths.
@@ -165,18 +170,15 @@ def _rank_queries(query, gallery, ids, here: slice, metric: str, gallery_block: 
             score.zero_()
         pairs.drop(score, begin, width)
         tally.prepare(tolerance * scale, seen)
-        close = []
-        for first in range(0, len(query), slice_rows):
-            part = score[first : first + slice_rows]
-            found = tally.count(part, first) if trusted else None
-            if found is None:  # too many close calls: this part again, in float64
-                exact = _similarities(query[first : first + slice_rows], rows, metric)
-                tally.count_float64(exact.masked_fill_(part[:, :width] == -torch.inf, -torch.inf), first)
-            else:
-                close.append(found)
-        if close:
-            row, item, low, high = (torch.cat(column) for column in zip(*close, strict=True))
-            tally.settle(_similarity(query, row, rows, item, metric), low, high)
+        close = tally.count(score) if trusted else None
+        if close is not None:
+            row, item, low, high = close
+            tally.settle(_similarity(query, row, rows, item, metric, ROUNDING), low, high)
+        else:  # too many close calls: the block again, in float64
+            for first in range(0, len(query), SLICE):
+                exact = _similarities(query[first : first + SLICE], rows, metric, ROUNDING)
+                exact.masked_fill_(score[first : first + SLICE, :width] == -torch.inf, -torch.inf)
+                tally.count_float64(exact, first)
         seen += width
     return tally.results()
 
@@ -191,18 +193,19 @@ class _Pairs:
         items = torch.isin(gallery_pids, query_pids).logical_and_(gallery_pids != JUNK).nonzero().squeeze(1)
         pids, order = gallery_pids[items].sort(stable=True)
         self.items = items[order]  # (K,) gallery images of the queries' people, by pid
-        self.order = query_pids.argsort(stable=True)  # (Q,) queries by pid; the r-th one's: items[first[r] : last[r]]
-        self.first = torch.searchsorted(pids, query_pids[self.order])
-        self.last = torch.searchsorted(pids, query_pids[self.order], right=True)
-        count = self.last - self.first
-        self.start = count.cumsum(0) - count  # (Q,) the r-th one's first pair
+        self.order = query_pids.argsort(stable=True)  # (Q,) queries by pid
+        first = torch.searchsorted(pids, query_pids[self.order])
+        count = torch.searchsorted(pids, query_pids[self.order], right=True) - first
         row = torch.arange(len(count), device=count.device).repeat_interleave(count)
-        self.place = torch.arange(len(row), device=count.device) + (self.first - self.start)[row]  # (P,) in items
-        self.query, self.item = self.order[row], self.items[self.place]
+        place = torch.arange(len(row), device=count.device) - (count.cumsum(0) - count - first)[row]
+        self.query, self.item = self.order[row], self.items[place]
         self.match = query_camids[self.query] != gallery_camids[self.item]
-        self.row = row
         self.item_sorted, self.by_item = self.item.sort(stable=True)
         self.junk = (gallery_pids == JUNK).nonzero().squeeze(1)
+        self.row, self.place = row, place  # where the pair's images stand in order and in items
+        queries = torch.unique_consecutive(query_pids[self.order], return_counts=True)[1]
+        start = queries.cumsum(0) - queries
+        self.people = torch.stack([start, queries, first[start], count[start]], 1)  # from .. how many in order, items
 
     def inside(self, begin: int, width: int) -> Tensor:
         """Pairs whose gallery image is one of begin .. begin + width - 1."""
@@ -215,12 +218,12 @@ class _Pairs:
         score[:, self.junk[_between(self.junk, begin, width)] - begin] = -torch.inf
         score[:, width:] = -torch.inf
 
-    def blocks(self, num_gallery: int, size: int) -> list[int]:
-        """First rows of the gallery's blocks; the block with most pairs, which shows the product's error, leads."""
-        begins = list(range(0, num_gallery, size))
-        if len(self.item):
-            begins.insert(0, begins.pop(int(torch.bincount(self.item // size).argmax())))
-        return begins
+    def blocks(self, num_gallery: int, size: int) -> list[tuple[int, int]]:
+        """The gallery's blocks (begin, end). The one with most pairs, which shows the product's error, comes first, and
+        of that a short piece, which shows the far matches."""
+        lead = int(torch.bincount(self.item // size).argmax()) * size
+        cuts = sorted({*range(0, num_gallery, size), min(lead + LEAD, lead + size, num_gallery), num_gallery})
+        return sorted(zip(cuts[:-1], cuts[1:], strict=True), key=lambda block: not lead <= block[0] < lead + size)
 
 
 class _Tally:
@@ -239,74 +242,86 @@ class _Tally:
         self.wrong = torch.zeros(len(order), dtype=torch.int64, device=device)  # (M,) counted one by one, and
         self.above = torch.zeros(len(order) + num_queries, dtype=torch.int64, device=device)  # images above n matches
         self.far = torch.zeros(num_queries, dtype=torch.int64, device=device)
-        self.margin = None
+        self.margin, self.looked = None, 0
 
     def prepare(self, margin: Tensor, seen: int) -> None:
-        """Set the margin of doubt (Q,) and choose the far matches, after `seen` gallery images."""
-        if seen:
+        """Set the margin of doubt of each query (Q,) and choose the far matches, after `seen` gallery images."""
+        if seen > 2 * self.looked:
+            self.looked = seen
             is_far = self.counts() > FAR * seen
             self.far = torch.bincount(self.query[is_far], minlength=len(self.far))
         if self.margin is not None and torch.equal(margin, self.margin):
             return
         self.margin = margin
-        self.low = (self.score - margin[self.query]).float()  # from here on an image may be nearer than the match,
-        self.high = (self.score + margin[self.query]).float()  # from here on it is
+        lowest = torch.finfo(torch.float32).min  # what is dropped is lower still
+        self.low = (self.score - margin[self.query]).float().clamp(min=lowest)  # from here on an image may be nearer,
+        self.high = (self.score + margin[self.query]).float().clamp(min=lowest)  # from here on it is
         self.edges, order = torch.cat([_key(self.query, self.low), _key(self.query, self.high)]).sort()
         self.highs = torch.zeros(len(order) + 1, dtype=torch.int64, device=order.device)
         self.highs[1:] = (order >= len(self.low)).cumsum(0)
 
-    def count(self, score: Tensor, first: int):
-        """Count the images in score (R, W), float32, similarities to the queries from the first on.
+    def count(self, score: Tensor):
+        """Count the images in score (Q, W), float32 similarities to the queries; what is not to be ranked is -inf.
 
-        What is not to be ranked is -inf; W is a multiple of CHUNK. Returns the close calls, to be settled: query and
-        image, and the matches low .. high - 1 that may be farther or not. If they are too many, returns None and has
-        counted nothing.
+        W is a multiple of CHUNK. Returns the close calls, to be settled: query and image, and the matches
+        low .. high - 1 that may be farther or not. If they are too many, returns None and has counted nothing.
         """
-        rows = torch.arange(first, first + len(score), device=score.device)
-        start, num = self.start[rows], self.start[rows + 1] - self.start[rows]
-        far = self.far[rows]
-        far = far.clamp(max=far.sort(descending=True).values[min(15, len(far) - 1)])  # not for a few queries alone
-        far_row, far_match, sure, maybe = self._compare(score, start, far)
+        start, end = self.start[:-1], self.start[1:]
+        far, rows = self.far.sort(descending=True)
+        far = far.clamp(max=far[min(15, len(far) - 1)])  # it does not pay for a few queries alone
+        far_row, far_match, sure, maybe = self._compare(score, far, rows)
+        first = start.index_add(0, rows, far)  # (Q,) the matches from here on are not far
 
-        # All other matches: only images above the farthest of them, sorted in among the matches.
-        cut = torch.where(far < num, self.low[(start + far).clamp(max=len(self.low) - 1)], torch.inf)
+        # The others: only images above the farthest of them, sorted in among the matches.
+        cut = torch.where(first < end, self.low[first.clamp(max=len(self.low) - 1)], torch.inf)
         row, item = _above(score, cut)
-        edges = slice(2 * int(self.start[first]), 2 * int(self.start[first + len(score)]))
-        at = torch.searchsorted(self.edges[edges], _key(row + first, score[row, item]), right=True) + edges.start
-        low = torch.maximum(self.highs[at], (start + far)[row])  # beyond the matches before low for certain,
-        high = torch.maximum(at - self.highs[at], (start + far)[row])  # not beyond those from high on
+        at = torch.searchsorted(self.edges, _key(row, score[row, item]), right=True)
+        low = self.highs[at]  # beyond the query's matches before this one for certain,
+        high = torch.maximum(at - low, first[row])  # not beyond those from this one on
+        low = torch.maximum(low, first[row])
 
         close, far_close = (low < high).nonzero().squeeze(1), (sure < maybe).nonzero().squeeze(1)
         if len(close) + (maybe - sure).sum() > CROWDED * score.numel():
             return None
-        self.above.index_add_(0, low + row + first, torch.ones_like(row))
+        self.above.index_add_(0, low + row, torch.ones_like(row))
         found = torch.bincount(row, minlength=len(score))  # these are above the far matches, too, and counted there
         self.wrong.index_add_(0, far_match, sure.long() - found[far_row])
 
-        match = far_match[far_close]
-        value = score[far_row[far_close]]
+        match, far_row = far_match[far_close], far_row[far_close]
+        value = score[far_row]
         which, far_item = ((value >= self.low[match, None]) & (value < self.high[match, None])).nonzero().unbind(1)
-        match, far_query = match[which], far_row[far_close][which]
+        match = match[which]
         return (
-            torch.cat([row[close], far_query]) + first,
+            torch.cat([row[close], far_row[which]]),
             torch.cat([item[close], far_item]),
             torch.cat([low[close], match]),
             torch.cat([high[close], match + 1]),
         )
 
-    def _compare(self, score: Tensor, start: Tensor, far: Tensor):
-        """Compare every far match with every image: row, match, number of images nearer for certain, and maybe."""
-        far, rows = far.sort(descending=True, stable=True)
+    def _compare(self, score: Tensor, far: Tensor, rows: Tensor):
+        """Compare far matches with every image: (query, match, number of images nearer for certain, and maybe).
+
+        far (Q,): number of far matches, descending; rows (Q,): their queries.
+        """
         sizes = (far[:, None] > torch.arange(int(far[0]), device=far.device)).sum(0).tolist()  # queries per level
         far_row = torch.cat([rows[:0], *(rows[:size] for size in sizes)])
-        far_match = torch.cat([rows[:0], *(start[rows[:size]] + level for level, size in enumerate(sizes))])
-        part = score[rows[: max(sizes, default=0)]]
-        passed = torch.empty_like(part)  # 0.0 or 1.0: floats are what compares and sums fastest
-        sure, maybe = [score[:0, 0]], [score[:0, 0]]
-        for size, match in zip(sizes, far_match.split(sizes), strict=True):
-            sure.append(torch.ge(part[:size], self.high[match, None], out=passed[:size]).sum(1))
-            maybe.append(torch.ge(part[:size], self.low[match, None], out=passed[:size]).sum(1))
-        return far_row, far_match, torch.cat(sure), torch.cat(maybe)
+        far_match = torch.cat([rows[:0], *(self.start[rows[:size]] + level for level, size in enumerate(sizes))])
+        low, high = self.low[far_match, None], self.high[far_match, None]
+        sure, maybe = score.new_empty(len(far_row)), score.new_empty(len(far_row))
+        piece = SLICE if score.device.type == "cpu" else len(score)
+        passed = score.new_empty(min(piece, len(score)), score.shape[1])  # 0.0 or 1.0: as floats, these are fastest
+        for first in range(0, max(sizes, default=0), piece):
+            part = score.index_select(0, rows[first : min(first + piece, sizes[0])])
+            offset = first
+            for size in sizes:
+                count = min(size - first, piece)
+                if count <= 0:
+                    break
+                these = slice(offset, offset + count)
+                torch.sum(torch.ge(part[:count], high[these], out=passed[:count]), 1, out=sure[these])
+                torch.sum(torch.ge(part[:count], low[these], out=passed[:count]), 1, out=maybe[these])
+                offset += size
+        return far_row, far_match, sure, maybe
 
     def count_float64(self, score: Tensor, first: int) -> None:
         """Count the images in score (R, W), float64, similarities to the queries from the first on; dropped: -inf."""
@@ -382,7 +397,7 @@ def _ids(query_pids, query_camids, gallery_pids, gallery_camids, num_query: int,
         ("gallery_pids", gallery_pids, num_gallery),
         ("gallery_camids", gallery_camids, num_gallery),
     ):
-        column = torch.as_tensor(column)
+        column = column if isinstance(column, Tensor) else torch.tensor(column)
         if column.is_floating_point() or column.is_complex() or column.dtype == torch.bool:
             raise ValueError(f"{name} must be integers, not {column.dtype}.")
         if column.shape != (length,):
@@ -394,65 +409,77 @@ def _ids(query_pids, query_camids, gallery_pids, gallery_camids, num_query: int,
 def _rows(table, index, device) -> Tensor:
     """Rows of a tensor or array, by slice or index tensor, as a tensor on the device."""
     if isinstance(table, Tensor):
-        return table[index.to(table.device) if isinstance(index, Tensor) else index].to(device)
+        part = table.index_select(0, index.to(table.device)) if isinstance(index, Tensor) else table[index]
+        return part.to(device)
     rows = table[index.cpu().numpy() if isinstance(index, Tensor) else index]
     return (torch.as_tensor(rows) if rows.flags.writeable else torch.tensor(rows)).to(device)
 
 
-def _vectors(rows: Tensor, metric: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors (n, D) whose products rank the gallery, their lengths (n,), and half their squares (0 for cosine)."""
+def _vectors(rows: Tensor, metric: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Vectors x (n, D) and, each (n,), weight, size, half: similarity = product of x * weights - half of the gallery's.
+
+    cosine: weight 1 / length, size 1 (both 0 for zeros), half 0. euclidean: weight 1, size = length, half =
+    length^2 / 2. The rounding error of a similarity is relative to size * size + half.
+    """
     x = rows.to(dtype)
-    size = torch.linalg.vector_norm(x, dim=1)
+    length = torch.linalg.vector_norm(x, dim=1)
     if metric == "euclidean":
-        return x, size, size.square() / 2
-    if not ((size > 1e-15) & (size < 1e15)).all():  # zeros, and what float32 cannot square
-        x = rows.double()
-        x = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        size = torch.linalg.vector_norm(x, dim=1)
-        x, size = x.div_(torch.where(size > 0, size, 1.0)[:, None]).to(dtype), torch.where(size > 0, 1.0, size)
-        return x, size.to(dtype), torch.zeros_like(size, dtype=dtype)
-    return x / size[:, None], torch.ones_like(size), torch.zeros_like(size)
+        return x, torch.ones_like(length), length, length.square() / 2
+    if dtype == torch.float32 and not ((length > 1e-15) & (length < 1e15)).all():  # zeros, or too far from 1 to square
+        x, weight, size, half = _vectors(rows, metric, torch.float64)
+        return (x * weight[:, None]).float(), size.float(), size.float(), half.float()
+    weight = torch.where(length > 0, 1 / length, length)
+    return x, weight, weight * length, torch.zeros_like(length)
 
 
-def _pair_scores(query: Tensor, gallery, pairs: _Pairs, metric: str) -> tuple[Tensor, Tensor]:
-    """Similarity of each pair and its rounding, (P,) float64: products of a few people's queries and images."""
-    step, reach = (16, 256) if query.device.type == "cpu" else (512, 4096)
+def _pair_scores(query: Tensor, gallery, pairs: _Pairs, metric: str) -> Tensor:
+    """Similarity of each pair, rounded down, (P,) float64."""
     score = torch.empty(len(pairs.query), dtype=torch.float64, device=query.device)
-    slack = torch.empty_like(score)
-    bounds = torch.stack([pairs.first, pairs.last, pairs.start], 1).tolist()
-    bounds.append((0, 0, len(score)))
-    for r in range(0, len(query), step):
-        stop = min(r + step, len(query))
-        begin, end = bounds[r][0], bounds[stop - 1][1]
-        x, x_size, _ = _vectors(query[pairs.order[r:stop]], metric, torch.float64)
-        part = torch.arange(bounds[r][2], bounds[stop][2], device=query.device)
-        for place in range(begin, end, reach):
-            y, y_size, y_half = _vectors(
-                _rows(gallery, pairs.items[place : min(place + reach, end)], query.device), metric, torch.float64
-            )
-            inside = part[(pairs.place[part] >= place) & (pairs.place[part] < place + reach)]
-            row, column = pairs.row[inside] - r, pairs.place[inside] - place
-            score[inside] = (x @ y.T)[row, column] - y_half[column]
-            slack[inside] = ROUNDING * (x_size[row] * y_size[column] + y_half[column])
-    return score, slack
+    if query.device.type != "cpu":  # all pairs alike; on a CPU a small product per person is faster
+        for part in torch.arange(len(score), device=query.device).split(8192):
+            rows = _rows(gallery, pairs.item[part], query.device)
+            score[part] = _similarity(query, pairs.query[part], rows, part - part[0], metric, -ROUNDING)
+        return score
+
+    tiles, done = [], 0  # a person's queries x up to 1024 of the person's images
+    for start, queries, first, images in pairs.people.tolist():
+        product = score[done : done + queries * images].view(queries, images)
+        for k in range(0, images, 1024):
+            tiles.append((start, start + queries, first + k, first + min(k + 1024, images), product[:, k : k + 1024]))
+        done += queries * images
+    x_weight, x_size = torch.empty(2, len(query), dtype=torch.float64)
+    y_weight, y_size, y_half = torch.empty(3, len(pairs.items), dtype=torch.float64)
+    while tiles:  # the vectors of some people at a time
+        group = [tile for tile in tiles[:32] if tile[3] - tiles[0][2] <= 128] or tiles[:1]
+        tiles = tiles[len(group) :]
+        a, b, c, d = group[0][0], group[-1][1], group[0][2], group[-1][3]
+        x, x_weight[a:b], x_size[a:b], _ = _vectors(query.index_select(0, pairs.order[a:b]), metric, torch.float64)
+        rows = _rows(gallery, pairs.items[c:d], query.device)
+        y, y_weight[c:d], y_size[c:d], y_half[c:d] = _vectors(rows, metric, torch.float64)
+        for start, stop, first, last, product in group:
+            product.copy_(x[start - a : stop - a] @ y[first - c : last - c].T)
+    score *= x_weight[pairs.row] * y_weight[pairs.place]
+    half = y_half[pairs.place]
+    return score - half - ROUNDING * (x_size[pairs.row] * y_size[pairs.place] + half)
 
 
-def _similarity(query: Tensor, row: Tensor, gallery: Tensor, item: Tensor, metric: str) -> Tensor:
-    """Similarity, rounded up, of query row[n] and gallery image item[n], (N,) float64."""
+def _similarity(query: Tensor, row: Tensor, gallery: Tensor, item: Tensor, metric: str, rounding: float) -> Tensor:
+    """Similarity of query row[n] and gallery image item[n], (N,) float64, moved by the rounding."""
     step = 64 if query.device.type == "cpu" else 8192
     score = [torch.empty(0, dtype=torch.float64, device=query.device)]
     for x, y in zip(row.split(step), item.split(step), strict=True):
-        x, x_size, _ = _vectors(query[x], metric, torch.float64)
-        y, y_size, y_half = _vectors(gallery[y], metric, torch.float64)
-        score.append((x * y).sum(1) - y_half + ROUNDING * (x_size * y_size + y_half))
+        x, x_weight, x_size, _ = _vectors(query.index_select(0, x), metric, torch.float64)
+        y, y_weight, y_size, y_half = _vectors(gallery.index_select(0, y), metric, torch.float64)
+        score.append((x * y).sum(1) * (x_weight * y_weight) - y_half + rounding * (x_size * y_size + y_half))
     return torch.cat(score)
 
 
-def _similarities(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
-    """Similarities, rounded up, of all queries and gallery images given, (R, W) float64."""
-    x, x_size, _ = _vectors(query, metric, torch.float64)
-    y, y_size, y_half = _vectors(gallery, metric, torch.float64)
-    return x @ y.T - y_half + ROUNDING * (x_size[:, None] * y_size + y_half)
+def _similarities(query: Tensor, gallery: Tensor, metric: str, rounding: float) -> Tensor:
+    """Similarities of all queries and gallery images given, (R, W) float64, moved by the rounding."""
+    x, x_weight, x_size, _ = _vectors(query, metric, torch.float64)
+    y, y_weight, y_size, y_half = _vectors(gallery, metric, torch.float64)
+    score = (x @ y.T).mul_(x_weight[:, None] * y_weight).sub_(y_half)
+    return score.add_(rounding * (x_size[:, None] * y_size + y_half))
 
 
 def _above(score: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -484,14 +511,16 @@ def _power_of_two(values: Tensor) -> float:
     return 2.0 ** math.ceil(math.log2(largest)) if 0 < largest < math.inf else largest
 
 
-def _refuse_not_finite(name: str, table, rows: Tensor) -> None:
-    """Raise a ValueError that names all embeddings of the table that are NaN or infinite, if the rows hold any."""
-    if torch.isfinite(rows).all():
+def _refuse_not_finite(name: str, table, sample: Tensor) -> None:
+    """If the sample is not finite, raise a ValueError that names the embeddings to blame."""
+    if torch.isfinite(sample).all():
         return
     bad = []
     for first in range(0, len(table), 4096):
-        part = _rows(table, slice(first, first + 4096), rows.device)
-        bad += (first + (~torch.isfinite(part).all(1)).nonzero().squeeze(1)).tolist()
+        rows = _rows(table, slice(first, first + 4096), sample.device)
+        bad += (first + (~torch.isfinite(rows).all(1)).nonzero().squeeze(1)).tolist()
+    if not bad:
+        raise ValueError(f"The {name} embeddings are too large to be compared: scale them down.")
     raise ValueError(
         f"{len(bad)} of {len(table)} {name} embeddings hold NaN or infinite values: images "
         f"{', '.join(map(str, bad[:10]))}{', ...' if len(bad) > 10 else ''} (counted from 0)."
