@@ -405,7 +405,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
     figure, axes = pyplot.subplots(len(groups), 3, figsize=(15, 5 * len(groups)), squeeze=False, layout="constrained")
     for (setting, rows), (scores, losses, curves) in zip(groups.items(), axes, strict=True):
         summary = summarise(rows)
-        colours = dict(zip([*PUBLISHED, *rows], matplotlib.colormaps["tab20"].colors * 2, strict=False))
+        colours = dict(zip(dict.fromkeys([*PUBLISHED, *rows]), matplotlib.colormaps["tab20"].colors * 2, strict=False))
         for place, entry in enumerate(summary):
             row, (mean, half) = entry["row"], entry["mAP"]
             scores.errorbar(100 * mean, place, xerr=100 * (half or 0), fmt="o", capsize=3, color=colours[row])
@@ -422,7 +422,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
                     values = [value / values[0] for value in values]
                 if key == "mAP":
                     values = [100 * value for value in values]
-                style = "-" if list(colours).index(row) % 2 else "--"
+                style = "--" if list(colours).index(row) % 2 else "-"  # colours come in pairs of dark and pale
                 axis.plot(epochs, values, style, marker="." if key == "mAP" else "", color=colours[row], label=row)
         scores.set_yticks(range(len(summary)), [f"{e['row']} (n = {len(e['seeds'])})" for e in summary])
         scores.invert_yaxis()
