@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
             args |= {"explicit": explicit, "environment": environment(device, names), "num_classes": num_classes}
             args["val_pids"] = sorted({record.pid for record in split.query}) if args["eval_on"] == "val" else []
             save_json(run_dir / "args.json", args)
-        first_epoch, log = resume_run(run_dir, args, args.keys() - HARMLESS, model, loss_fn, optimizer)
+        first_epoch, log = resume_run(run_dir, args, {*args} - {*HARMLESS, "explicit"}, model, loss_fn, optimizer)
         print(f"{args['dataset']}: {len(records):,} training images of {num_classes:,} identities (kept in "
               f"{images_of.where}), {len(split.query):,} queries, {len(split.gallery):,} gallery images")  # fmt: skip
         print(f"{' '.join([args['loss'], *args['loss_args']])} on {args['arch']} {args['height']}x{args['width']}, "

@@ -1,0 +1,934 @@
+"""What goes wrong on real machines: killed processes, full disks, broken images, files from strangers, NaN.
+
+After each fault: a clear sentence, no half file, nothing older destroyed, and a run that goes on as if nothing was.
+The long form of the first test is benchmarks/kill.py, which kills one training twenty times.
+
+Most tests train a network of two layers, so that a run takes a fraction of a second.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pickle
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import evaluate
+import models
+import train
+import utils.checkpoint
+from benchmarks.kill import differences, finished_epochs, kill_at
+from data.images import BadImage
+from models.backbone import GlobalAveragePool, build_model
+from utils.checkpoint import (
+    check_fit,
+    load_checkpoint,
+    load_json,
+    load_log,
+    locked,
+    save_checkpoint,
+    save_json,
+    save_log,
+)
+from utils.features import Features, load_features, save_features
+
+pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # the tiny set has other counts, and says so
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small_model(arch, weights="none"):
+    """In the place of build_model: one convolution, wider for another arch. The real one reads files of weights."""
+    if weights not in ("none", "imagenet"):
+        return build_model(arch, weights)
+    width = {"resnet18": 64, "resnet34": 96}[arch]
+    layers = {"conv1": nn.Conv2d(3, width, 7, stride=4, padding=3, bias=False), "bn1": nn.BatchNorm2d(width)}
+    model = nn.Sequential(OrderedDict([*layers.items(), ("pool", GlobalAveragePool())]))
+    model.embedding_dim = width
+    return model
+
+
+@contextlib.contextmanager
+def small_models():
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (train, evaluate, models):
+            patch.setattr(place, "build_model", small_model)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def surroundings():
+    """The small network; and train.main takes the signals over: every test gives them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with small_models():
+        yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(*flags):
+    train.main([str(flag) for flag in flags])
+
+
+def script(*argv):
+    """A script as it is started from a shell, but in this process: (exit code, what it printed on stderr)."""
+    error, before, show = io.StringIO(), sys.argv, warnings.showwarning
+    sys.argv = [str(word) for word in argv]
+    try:
+        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+        return 0, error.getvalue()
+    except SystemExit as end:
+        text = end.code if isinstance(end.code, str) else ""
+        return (1 if text else end.code), error.getvalue() + text
+    finally:
+        sys.argv, warnings.showwarning = before, show
+
+
+def replaced(flags, flag, value):
+    return [value if before == flag else word for before, word in zip([None, *flags], flags, strict=False)]
+
+
+def contents(folder):
+    """Every file of a folder with its bytes, the lock aside."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+@contextlib.contextmanager
+def file_size_limit(num_bytes):
+    """A disk that is full after so many bytes: writing further fails in the kernel, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Killed(BaseException):
+    """Stands in for a process that ends at once."""
+
+
+def run_killed_after(epochs, monkeypatch, *flags):
+    """A run that ends at once after so many checkpoints."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        calls, save = [], train.save_checkpoint
+
+        def dying_save(path, content):
+            save(path, content)
+            calls.append(path)
+            if len(calls) == epochs:
+                raise Killed
+
+        patch.setattr(train, "save_checkpoint", dying_save)
+        run(*flags)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_market, tmp_path_factory):
+    """The run that nothing happens to, and its flags but for --run-dir. Three epochs of three steps."""
+    from conftest import QUICK
+
+    flags = ["--loss", "softmax+center", "--epochs", 3, "--eval-every", 1, "--dataset", "market", "--data-dir"]
+    flags += [tiny_market, *QUICK, "--p", 4, "--k", 4]
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with warnings.catch_warnings(), small_models():
+        warnings.simplefilter("ignore")
+        run(*flags, "--run-dir", folder)
+    return folder, flags
+
+
+# -------------------------------------------------------------------------------------------------- a process that dies
+
+
+def test_killed_three_times_and_resumed(whole, tmp_path, monkeypatch):
+    """SIGKILL in a step, while a checkpoint is written, in the last scoring; other threads and cache each time."""
+    folder, run_dir, flags = tmp_path / "whole", tmp_path / "run", whole[1]
+    monkeypatch.setattr(train, "build_model", build_model)  # the real one
+    run(*flags, "--run-dir", folder)
+    flags = [*flags, "--run-dir", run_dir]
+    first = kill_at([*flags, "--cache", "off"], run_dir, "step", 5, 0)
+    assert first["died_in"] == "step" and first["epochs_in_checkpoint"] == 1
+    second = kill_at([*flags, "--resume", "--workers", 3], run_dir, "checkpoint", 1, 0.01)
+    assert second["epochs_in_checkpoint"] in (1, 2)  # the new one if it was written within 10 ms
+    left = 3 - second["epochs_in_checkpoint"]
+    third = kill_at([*flags, "--resume", "--workers", 0], run_dir, "scoring", left, 0)
+    assert third["died_in"] == "scoring" and third["epochs_in_checkpoint"] == 3 and not third["has_result"]
+    run(*flags, "--resume")
+    assert differences(folder, run_dir) == []
+
+
+def test_the_comparison_sees_one_bit(whole, tmp_path):
+    """What the tests here rely on: a weight in the last place, a line of the log, a metric, a file too many."""
+    folder, _ = whole
+
+    def changed(change):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "copy")
+        change(tmp_path / "copy")
+        return differences(folder, tmp_path / "copy")
+
+    def flip(copy):
+        checkpoint = load_checkpoint(copy / "last.pt")
+        checkpoint["model"]["conv1.weight"].view(torch.int32)[0, 0, 0, 0] ^= 1
+        save_checkpoint(copy / "last.pt", checkpoint)
+
+    def edit(name):
+        return lambda copy: (copy / name).write_text((copy / name).read_text().replace('"mAP": 0.', '"mAP": 1.', 1))
+
+    assert changed(lambda copy: None) == []
+    assert changed(flip) == ["last.pt: model conv1.weight"]
+    assert changed(edit("log.jsonl")) == ["log.jsonl"]
+    assert changed(edit("result.json")) == ["result.json"]
+    assert "files" in changed(lambda copy: (copy / "x").touch())[0]
+
+
+@pytest.mark.parametrize("moment", ["before writing", "half-way", "before fsync", "before renaming", "after renaming"])
+def test_sigkill_while_a_file_is_written(tmp_path, monkeypatch, moment):
+    """The file is the old one or the new one, whole; the lock of the next process removes the half one."""
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old" * 1000)
+    child = os.fork()
+    if not child:
+
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def write(file):
+            if moment == "before writing":
+                die()
+            file.write(b"new" * 500)
+            if moment == "half-way":
+                file.flush()
+                die()
+            file.write(b"new" * 500)
+
+        rename = os.replace
+        if moment == "before fsync":
+            os.fsync = die
+        if moment == "before renaming":
+            os.replace = die
+        if moment == "after renaming":
+            os.replace = lambda *names: (rename(*names), die())
+        utils.checkpoint.write_atomically(path, write)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.read_bytes() == (b"new" if moment == "after renaming" else b"old") * 1000
+    assert len(list(tmp_path.iterdir())) == (1 if moment == "after renaming" else 2)
+    with locked(tmp_path):
+        assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "last.pt"]
+
+
+def send_at(monkeypatch, name, call, number=signal.SIGTERM):
+    """This process gets a signal at the beginning of the n-th call of train.NAME."""
+    function, calls = getattr(train, name), []
+
+    def signalled(*args, **settings):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*args, **settings)
+
+    monkeypatch.setattr(train, name, signalled)
+
+
+@pytest.mark.parametrize(
+    "name, call, goes_on, kept",
+    [
+        ("save_log", 1, "from epoch 2", 1),  # the checkpoint is still written
+        ("embed_split", 2, "from epoch 3", 2),  # scoring after epoch 2: it ends, the epoch is kept
+        ("save_checkpoint", 3, "with the scoring", 3),
+    ],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_sentence(whole, tmp_path, monkeypatch, capsys, name, call, goes_on, kept, number):
+    folder, flags = whole
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        send_at(patch, name, call, number)
+        run(*flags, "--run-dir", run_dir)
+    assert stopped.value.code == 128 + number
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert sentence == f"stopped by {number.name}: --resume --run-dir {run_dir} goes on {goes_on}"
+    assert finished_epochs(run_dir) == kept
+    if number == signal.SIGTERM:
+        run("--resume", "--run-dir", run_dir)
+        assert differences(folder, run_dir) == []
+
+
+def test_a_signal_before_the_first_step_and_in_the_last_scoring(whole, tmp_path, monkeypatch):
+    """Nothing waits for a step there: it ends at once, with a sentence, and --resume goes on."""
+    folder, flags = whole
+    run_dir = tmp_path / "run"
+    decode = train.TrainingImages._fill
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainingImages, "_fill", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        code, error = script("train.py", *flags, "--run-dir", run_dir)
+    assert decode is train.TrainingImages._fill
+    assert code == 1 and error.splitlines()[-1].startswith("train.py: stopped") and not run_dir.exists()
+
+    run_killed_after(3, monkeypatch, *flags, "--run-dir", run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "embed", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        code, error = script("train.py", "--resume", "--run-dir", run_dir)
+    assert code == 1 and "--resume goes on" in error.splitlines()[-1] and not (run_dir / "result.json").exists()
+    run("--resume", "--run-dir", run_dir)
+    assert differences(folder, run_dir) == []
+
+
+# ------------------------------------------------------------------------------------------ disks and folders that fail
+
+
+@pytest.mark.parametrize("fails", ["open", "write", "fsync", "replace"])
+@pytest.mark.parametrize("kind", ["checkpoint", "json", "log"])
+def test_a_failed_write_keeps_the_file_before(tmp_path, monkeypatch, fails, kind):
+    """No space left on the device, at each step of writing: one sentence with the path, no half file."""
+    save, old, new = {
+        "checkpoint": (save_checkpoint, {"a": torch.zeros(3)}, {"a": torch.ones(100_000)}),
+        "json": (save_json, {"a": 0}, {"a": "1" * 100_000}),
+        "log": (save_log, [{"epoch": 1}], [{"epoch": 1}, {"epoch": 2, "a": "1" * 100_000}]),
+    }[kind]
+    path = tmp_path / "file"
+    save(path, old)
+    before = contents(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if fails == "open":
+            patch.setattr("builtins.open", full)
+        elif fails != "write":
+            patch.setattr(os, fails, full)
+        limit = file_size_limit(50_000) if fails == "write" else contextlib.nullcontext()
+        with limit, pytest.raises(OSError, match="could not be written") as caught:
+            save(path, new)
+    reason = "File too large" if fails == "write" else "No space left on device"
+    assert str(caught.value) == f"{path} could not be written ({reason}); what was there before is kept"
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("size, name", [(60_000, "last.pt"), (500, "log.jsonl")])
+def test_a_disk_that_fills_up_while_training(whole, tmp_path, monkeypatch, size, name):
+    """In the second epoch; the first one's checkpoint stays as it is, and after making room the run goes on."""
+    folder, flags = whole
+    run_dir = tmp_path / "run"
+    run_killed_after(1, monkeypatch, *flags, "--run-dir", run_dir)
+    before = contents(run_dir)
+    with file_size_limit(size):
+        code, error = script("train.py", "--resume", "--run-dir", run_dir)
+    assert code == 1 and len(error.splitlines()) <= 2  # the warning about the counts of the tiny set is the other line
+    assert error.endswith(f"train.py: {run_dir / name} could not be written (File too large); "
+                          "what was there before is kept")  # fmt: skip
+    after = contents(run_dir)
+    assert after.keys() == before.keys() and after["last.pt"] == before["last.pt"]
+    run("--resume", "--run-dir", run_dir)
+    assert differences(folder, run_dir) == []
+
+
+@pytest.mark.parametrize("name", ["features.npz", "features"])
+def test_a_disk_that_fills_up_while_features_are_saved(tmp_path, name):
+    numbers = np.zeros((100, 100), np.float32), np.arange(100), np.arange(100)
+    with file_size_limit(10_000), pytest.raises(OSError, match=f"{name} could not be written"):
+        save_features(tmp_path / name, Features(*numbers, *numbers))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_made(whole, tmp_path, monkeypatch):
+    """Said before the images are decoded."""
+    _, flags = whole
+    (tmp_path / "file").write_text("older")
+    monkeypatch.setattr(train, "load_dataset", None)  # never reached
+    for place in (tmp_path / "file" / "run", tmp_path / "file" / "deeper" / "run"):
+        with pytest.raises(ValueError, match=f"since {tmp_path / 'file'} is a file"):
+            run(*flags, "--run-dir", place)
+    with pytest.raises(ValueError, match="since .*file is a file"):
+        run(*flags, "--run-dir", tmp_path / "file", "--resume")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # a read-only disk
+    with pytest.raises(ValueError, match="does not allow it: name another --run-dir"):
+        run(*flags, "--run-dir", tmp_path / "new" / "run")
+    assert contents(tmp_path) == {"file": b"older"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_folder_that_vanishes_while_training(whole, tmp_path, monkeypatch):
+    _, flags = whole
+    monkeypatch.setattr(evaluate, "embed", lambda *_, **__: shutil.rmtree(tmp_path / "run"))
+    monkeypatch.setattr(train, "score", lambda *_: {})
+    monkeypatch.setattr(train, "embed_split", lambda *_, **__: evaluate.embed())
+    with pytest.raises(OSError, match=r"log.jsonl could not be written \(No such file or directory\)"):
+        run(*flags, "--run-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_are_not_overwritten_and_that_is_said_first(whole, tmp_path, capsys):
+    folder, _ = whole
+    (tmp_path / "old.npz").write_text("older")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--run", str(folder), "--save-features", str(tmp_path / "old.npz")])
+    assert stopped.value.code == 2 and "old.npz exists" in capsys.readouterr().err
+    assert contents(tmp_path) == {"old.npz": b"older"}
+
+
+def test_two_processes_begin_in_one_folder_at_once(whole, tmp_path, monkeypatch):
+    """Both found no folder; the second one, after decoding, leaves the first one's run alone."""
+    folder, flags = whole
+    run_dir = tmp_path / "run"
+    load, calls = train.load_dataset, []
+
+    def overtaken(*args):
+        if not calls:
+            calls.append(1)
+            run(*flags, "--run-dir", run_dir)
+        return load(*args)
+
+    monkeypatch.setattr(train, "load_dataset", overtaken)
+    with pytest.raises(ValueError, match="was begun by another process meanwhile"):
+        run(*flags, "--run-dir", run_dir)
+    assert differences(folder, run_dir) == []
+
+
+def test_a_second_process_changes_nothing(whole, tmp_path, monkeypatch):
+    _, flags = whole
+    run_dir = tmp_path / "run"
+    run_killed_after(1, monkeypatch, *flags, "--run-dir", run_dir)
+    (run_dir / ".last.pt.1.tmp").write_text("the other process is writing")
+    before = contents(run_dir)
+    with locked(tmp_path / "other"), pytest.raises(ValueError, match="in use"):
+        with locked(tmp_path / "other"):
+            pass
+    held = os.open(run_dir / ".lock", os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="is in use by another process: wait, or choose another --run-dir"):
+        run("--resume", "--run-dir", run_dir)
+    os.close(held)
+    assert contents(run_dir) == before
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture
+def market(tiny_market, tmp_path):
+    """A copy of the tiny data set to break."""
+    return Path(shutil.copytree(tiny_market, tmp_path / "market"))
+
+
+def with_data(flags, root, *more):
+    return [*replaced(flags, "--data-dir", root), *more]
+
+
+def bad_images(folder):
+    """Seven files that are no images, under names of identity 1; returns their paths."""
+    whole = next(folder.glob("0001_*.png")).read_bytes()
+    paths = [folder / f"0001_c1s1_9{number:05}_00.{ending}" for number, ending in enumerate(["png"] * 6 + ["jpg"])]
+    cut, empty, text, linked, giant, noise, half = paths
+    cut.write_bytes(whole[: len(whole) // 2])
+    empty.write_bytes(b"")
+    text.write_text("<html>404</html>")
+    linked.symlink_to("nowhere")
+    Image.new("1", (13400, 13400)).save(giant)
+    noise.write_bytes(whole[:40] + np.random.default_rng(0).bytes(len(whole) - 40))
+    Image.new("RGB", (64, 128), "red").save(half, quality=95)
+    half.write_bytes(half.read_bytes()[:-200])
+    return paths
+
+
+def unusual_images(folder):
+    """Nine files that are images all the same: 1x1, grey, transparent, CMYK, 16 bits, turned, of another format."""
+    grey = Image.fromarray(np.arange(200, dtype=np.uint8).reshape(20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = [
+        ("png", Image.new("RGB", (1, 1)), {}),
+        ("png", grey, {}),
+        ("png", grey.convert("RGBA"), {}),
+        ("png", Image.fromarray(np.full((20, 10), 999, np.uint16)), {}),
+        ("png", Image.new("P", (9, 9)), {}),
+        ("jpg", Image.new("CMYK", (9, 9)), {}),
+        ("jpg", Image.new("RGB", (9, 20)), {"exif": exif}),
+        ("jpg", Image.new("RGB", (9, 20)), {"format": "PNG"}),
+        ("png", Image.new("RGB", (9, 20)), {"format": "WEBP"}),
+    ]
+    for number, (ending, image, options) in enumerate(images):
+        image.save(folder / f"0002_c1s1_9{number:05}_00.{ending}", **options)
+
+
+def test_the_first_bad_training_image_stops_the_run_with_its_path(whole, market, tmp_path):
+    first, *others = bad_images(market / "bounding_box_train")
+    flags = with_data(whole[1], market, "--run-dir", tmp_path / "run")
+    code, error = script("train.py", *flags)
+    assert code == 1 and error.splitlines()[-1].startswith(f"train.py: {first} can't be read as an image: ")
+    assert not (tmp_path / "run").exists()
+    for path in others:
+        path.unlink()
+    with pytest.raises(BadImage, match=str(first)):  # when it is drawn
+        run(*flags, "--epochs", 20, "--cache", "off")
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_bad_training_images_are_skipped_on_request(whole, market, tmp_path, capsys, cache):
+    """The numbers are those of a data set without them: bit for bit the same run. Unusual images are trained on."""
+    unusual_images(market / "bounding_box_train")
+    flags = with_data(whole[1], market, "--epochs", 1, "--skip-bad-images")
+    run(*flags, "--run-dir", tmp_path / "clean")
+    assert "\n0 of 63 training images are bad and skipped" in "\n" + capsys.readouterr().out
+    bad = bad_images(market / "bounding_box_train")
+    run(*flags, "--run-dir", tmp_path / "run", "--cache", cache)
+    out = capsys.readouterr().out
+    assert "7 of 70 training images are bad and skipped" in out and "63 training images of 6 identities" in out
+    skipped = [line for line in out.splitlines() if line.startswith("skipped: ")]
+    assert all(line.startswith(f"skipped: {path}") for path, line in zip(bad, skipped, strict=True))
+    assert differences(tmp_path / "clean", tmp_path / "run") == []
+
+
+def test_only_bad_images(whole, market, tmp_path):
+    for path in (market / "bounding_box_train").iterdir():
+        path.write_bytes(b"")
+    flags = with_data(whole[1], market, "--run-dir", tmp_path / "run", "--skip-bad-images")
+    with pytest.raises(ValueError, match="as many in training, but there are 0"):
+        run(*flags)
+
+
+def test_a_bad_test_image_stops_the_scoring_and_the_training_is_kept(whole, market, tmp_path):
+    folder, flags = whole
+    flags = with_data(flags, market, "--run-dir", tmp_path / "run")
+    image = sorted((market / "query").iterdir())[7]
+    good = image.read_bytes()
+    image.write_bytes(good[:50])
+    flags = replaced(flags, "--eval-every", 0)
+    with pytest.raises(BadImage, match=str(image)):
+        run(*flags, "--skip-bad-images")  # of training: a score without a query would be another score
+    assert finished_epochs(tmp_path / "run") == 3 and not (tmp_path / "run" / "result.json").exists()
+    image.write_bytes(good)
+    run("--resume", "--run-dir", tmp_path / "run")
+    a, b = (load_json(path / "result.json") for path in (folder, tmp_path / "run"))
+    assert a["mAP"] == b["mAP"]
+
+
+def test_an_image_that_vanishes_while_training(whole, market, tmp_path, monkeypatch):
+    """Without a cache, after the first epoch; put back, the run goes on as if nothing had been."""
+    folder, flags = whole
+    flags = with_data(flags, market, "--run-dir", tmp_path / "run", "--cache", "off")
+    image = sorted((market / "bounding_box_train").iterdir())[20]
+    good, save = image.read_bytes(), train.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(BadImage, match=f"{image}.*No such file"):
+        patch.setattr(train, "save_checkpoint", lambda *content: (save(*content), image.unlink(missing_ok=True)))
+        run(*flags)
+    kept = finished_epochs(tmp_path / "run")
+    assert kept in (1, 2)  # as soon as it is drawn
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="began with other training images"):
+        run("--resume", "--run-dir", tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+    image.write_bytes(good)
+    run("--resume", "--run-dir", tmp_path / "run")
+    assert differences(folder, tmp_path / "run") == []
+
+
+def test_a_file_name_that_is_no_text(whole, market, tmp_path):
+    """Bytes that are no UTF-8: named in the message, trained on where the image is good."""
+    name = os.fsdecode(b"0001_c1s1_900000_\xff.png")
+    shutil.copy(next((market / "bounding_box_train").iterdir()), market / "bounding_box_train" / name)
+    (market / "bounding_box_train" / name.replace("9", "8")).write_bytes(b"")
+    flags = with_data(whole[1], market, "--run-dir", tmp_path / "run", "--epochs", 0)
+    code, error = script("train.py", *flags)
+    assert code == 1 and "0001_c1s1_800000_" in error and "can't be read as an image" in error
+    assert script("train.py", *flags, "--skip-bad-images")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------- files from strangers
+
+
+class Evil:
+    """Makes a file as soon as it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def write_evil(path, kind, marker):
+    if kind == "a bare pickle":
+        path.write_bytes(pickle.dumps({"model": Evil(marker), "epoch": 1}, protocol=2))
+    elif kind == "in a zip file of torch":
+        torch.save({"model": {"a": torch.zeros(1)}, "loss": {}, "epoch": 1, "args": Evil(marker)}, path)
+    else:
+        torch.save({"model": {"a": Evil(marker)}, "loss": {}}, path, _use_new_zipfile_serialization=False)
+
+
+def test_the_malicious_pickles_are_real(tmp_path):
+    """Read without care, they do run their code: else the tests below would show nothing."""
+    for number, kind in enumerate(EVIL):
+        write_evil(tmp_path / "file", kind, tmp_path / f"marker{number}")
+        with contextlib.suppress(RuntimeError):  # "corrupt file", too late
+            torch.load(tmp_path / "file", weights_only=False)
+        assert (tmp_path / f"marker{number}").exists()
+
+
+EVIL = ["a bare pickle", "in a zip file of torch", "in an old file of torch"]
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_no_code_of_a_checkpoint_runs(whole, tmp_path, kind):
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    (folder / "result.json").unlink()
+    write_evil(folder / "last.pt", kind, tmp_path / "marker")
+    before = contents(folder)
+    for flags in (["train.py", "--resume", "--run-dir", folder], ["evaluate.py", "--run", folder, "--device", "cpu"]):
+        code, error = script(*flags)
+        sentence = error.splitlines()[-1]
+        assert code == 1 and f"{folder / 'last.pt'} was refused: it is not a whole checkpoint" in sentence
+    assert contents(folder) == before and not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_no_code_of_a_weights_file_runs(whole, tmp_path, kind):
+    write_evil(tmp_path / "weights.pth", kind, tmp_path / "marker")
+    flags = [flag for flag in whole[1] if flag not in ("--weights", "none")]
+    code, error = script("train.py", *flags, "--weights", tmp_path / "weights.pth", "--run-dir", tmp_path / "run")
+    assert code == 1 and "weights.pth is no file of plain tensors" in error.splitlines()[-1]
+    assert not (tmp_path / "marker").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layout", ["npz", "npy in a folder", "a bare npy", "a bare pickle"])
+def test_no_code_of_a_features_file_runs(tmp_path, layout):
+    objects = np.array([Evil(tmp_path / "marker")], dtype=object)
+    path = tmp_path / ("features" if layout == "npy in a folder" else "features.npz")
+    arrays = {name: objects for name in Features._fields}
+    if layout == "npz":
+        np.savez(path, **arrays)
+    elif layout == "npy in a folder":
+        path.mkdir()
+        for name, array in arrays.items():
+            np.save(path / f"{name}.npy", array)
+    elif layout == "a bare npy":
+        with open(path, "wb") as file:
+            np.save(file, objects)
+    else:
+        path.write_bytes(pickle.dumps(Evil(tmp_path / "marker")))
+    (tmp_path / "marker").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="pickled objects are refused|holds a single array"):
+        load_features(path)
+    code, error = script("evaluate.py", "--features", path)
+    assert code == 1 and len(error.splitlines()) == 1 and not (tmp_path / "marker").exists()
+
+
+def test_imagenet_weights_are_read_as_plain_tensors_too(monkeypatch):
+    """torch's own download does not ask for that by itself."""
+    import torchvision
+
+    asked = {}
+
+    def download(url, **settings):
+        asked.update(settings)
+        raise EOFError
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", download)
+    with pytest.raises(ValueError, match="could not be downloaded.*--weights FILE"):
+        build_model("resnet18", "imagenet")
+    assert asked["weights_only"] is True and asked["check_hash"] is True
+
+
+@pytest.fixture
+def half_way(whole, tmp_path, monkeypatch):
+    """A run folder after the first of three epochs."""
+    run_killed_after(1, monkeypatch, *whole[1], "--run-dir", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def refused(run_dir):
+    """The sentence with which --resume refuses last.pt; nothing in the folder may change."""
+    before = contents(run_dir)
+    with pytest.raises(ValueError) as caught:
+        run("--resume", "--run-dir", run_dir)
+    assert contents(run_dir) == before
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(half_way, whole, tiny_market, tmp_path, monkeypatch):
+    """Another loss (of the same shapes, too), architecture, size of image; then another number of identities."""
+    for flag, value, sentence in [
+        ("--loss", "softmax+triplet", "its loss is softmax+triplet, not softmax+0.0005*center"),
+        ("--arch", "resnet34", "its arch is resnet34, not resnet18"),
+        ("--height", "48", "its height is 48, not 32"),
+    ]:
+        run_killed_after(1, monkeypatch, *replaced(whole[1], flag, value), "--run-dir", tmp_path / value)
+        shutil.copy(tmp_path / value / "last.pt", half_way / "last.pt")
+        assert f"last.pt belongs to another run than args.json: {sentence}" in refused(half_way)
+    fewer = Path(shutil.copytree(tiny_market, tmp_path / "market"))
+    for image in (fewer / "bounding_box_train").glob("0006_*"):
+        image.unlink()
+    run_killed_after(1, monkeypatch, *replaced(whole[1], "--data-dir", fewer), "--run-dir", tmp_path / "fewer")
+    shutil.copy(tmp_path / "fewer" / "last.pt", half_way / "last.pt")
+    assert "its num_classes is 5, not 6" in refused(half_way)
+
+
+def test_losses_whose_weights_look_alike_are_told_apart(whole, tmp_path, monkeypatch):
+    """CosFace and ArcFace both have one weight (C, D)."""
+    for loss in ("cosface", "arcface"):
+        run_killed_after(1, monkeypatch, *replaced(whole[1], "--loss", loss), "--run-dir", tmp_path / loss)
+    shutil.copy(tmp_path / "cosface" / "last.pt", tmp_path / "arcface" / "last.pt")
+    assert "its loss is cosface, not arcface" in refused(tmp_path / "arcface")
+    code, error = script("evaluate.py", "--run", tmp_path / "arcface", "--device", "cpu")
+    assert code == 1 and "its loss is cosface, not arcface" in error
+
+
+def edited(change, *keys):
+    """Replaces checkpoint[key][key]... by what `change` makes of it; None: removes it."""
+
+    def edit(path):
+        place = root = {"": load_checkpoint(path)}
+        for key in ("", *keys[:-1]) if keys else ():
+            place = place[key]
+        last = keys[-1] if keys else ""
+        place[last] = change(place.get(last))
+        if place[last] is None:
+            del place[last]
+        torch.save(root[""], path)
+
+    return edit
+
+
+def becomes(value, *keys):
+    return edited(lambda _: value, *keys)
+
+
+@pytest.mark.parametrize(
+    "edit, sentence",
+    [
+        (lambda path: path.write_bytes(b""), "was refused: it is not a whole checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:10_000]), "was refused: it is not a whole checkpoint"),
+        (edited(lambda c: c["model"]), "model, loss, epoch, args missing"),
+        (becomes(None, "epoch"), "epoch missing"),
+        (becomes("1", "epoch"), "its epoch is no whole number"),
+        (becomes(-1, "epoch"), "its epoch is no whole number"),
+        (becomes(4, "epoch"), "its epoch is 4 of 3"),
+        (becomes(2, "epoch"), "log.jsonl does not hold the epochs 1 to 2"),
+        (becomes("{", "args"), "its args are not the flags of a run"),
+        (becomes(torch.zeros(1), "args"), "its args are not the flags of a run"),
+        (becomes([], "model"), "its model is not a state dict"),
+        (becomes(None, "model", "conv1.weight"), "in its model, conv1.weight is missing"),
+        (becomes(torch.zeros(2), "model", "fc.weight"), "fc.weight is unknown here"),
+        (becomes("x", "model", 3), "3 is unknown here"),
+        (becomes(torch.zeros(65), "model", "bn1.bias"), "bn1.bias is float32 (65,) instead of float32 (64,)"),
+        (becomes(torch.zeros(64, dtype=torch.complex64), "model", "bn1.bias"), "bn1.bias is complex64 (64,)"),
+        (becomes(torch.zeros(64, device="meta"), "model", "bn1.bias"), "bn1.bias is empty float32 (64,)"),
+        (becomes(torch.zeros(64).to_sparse(), "model", "bn1.bias"), "bn1.bias is sparse float32 (64,)"),
+        (becomes("text", "model", "bn1.bias"), "bn1.bias is no tensor but str"),
+        (becomes(torch.zeros(7, 64), "loss", "softmax.weight"),
+         "of another arch, loss or number of identities: in its loss, softmax.weight is float32 (7, 64) instead of"),
+        (becomes(None, "optimizer"), "its optimizer is not a state of Adam"),
+        (becomes({"state": [], "param_groups": []}, "optimizer"), "its optimizer is not a state of Adam"),
+        (becomes(None, "optimizer", "state", 0), "in its optimizer, 0.exp_avg is missing"),
+        (becomes(torch.zeros(2), "optimizer", "state", 0, "exp_avg"), "0.exp_avg is float32 (2,) instead of"),
+        (edited(lambda groups: groups[:1], "optimizer", "param_groups"), "other settings or groups of parameters"),
+        (edited(lambda groups: [{**g, "weight_decay": 0.1} for g in groups], "optimizer", "param_groups"),
+         "other settings or groups of parameters"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_the_runs_own_is_refused(half_way, edit, sentence):
+    edit(half_way / "last.pt")
+    assert sentence in refused(half_way)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "was not written by this version of train.py: it lacks amp, arch"),
+        (b"\xff\xfe", "is not valid JSON"),
+    ],
+)
+def test_broken_flags_of_a_run(half_way, content, sentence):
+    (half_way / "args.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert sentence in refused(half_way)
+    with pytest.raises(ValueError, match="args.json is not valid|does not hold|was not written by"):
+        evaluate.main(["--run", str(half_way)])
+
+
+@pytest.mark.parametrize("lines", [None, "", '{"epoch": 2}\n', '{"epo', "[]\n", "1\n"])
+def test_a_log_that_lost_lines(half_way, lines):
+    """The lines of finished epochs are part of the result: without them there would be a hole in it."""
+    (half_way / "log.jsonl").unlink() if lines is None else (half_way / "log.jsonl").write_text(lines)
+    assert "log.jsonl does not hold the epochs 1 to 1 of last.pt: start another run" in refused(half_way)
+
+
+def test_lines_of_an_epoch_without_a_checkpoint_are_cut_off(tmp_path):
+    save_log(tmp_path / "log.jsonl", [{"epoch": 1}, {"epoch": 2}])
+    assert load_log(tmp_path / "log.jsonl", 1) == [{"epoch": 1}] and load_log(tmp_path / "log.jsonl", 0) == []
+
+
+def test_a_result_without_metrics_and_a_folder_that_is_no_run(whole, tmp_path):
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    save_json(folder / "result.json", {"mAP": 0.5})
+    assert "result.json was not written by this version" in refused(folder)
+    with pytest.raises(FileNotFoundError, match="is not a run folder: it has no args.json"):
+        evaluate.main(["--run", str(tmp_path)])
+    (folder / "last.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="last.pt: no such checkpoint"):
+        evaluate.main(["--run", str(folder)])
+
+
+def weights(**changes):
+    state = dict(build_model("resnet18").state_dict())
+    for name, value in changes.items():
+        state[name.replace("__", ".")] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ([1, 2], "holds no state dict"),
+        ({1: torch.zeros(1)}, "holds no state dict"),
+        ({"conv1.weight": "text"}, "holds no state dict"),
+        (weights(bn1__bias=torch.full((64,), float("nan"))), "bn1.bias holds no finite numbers"),
+        (weights(bn1__bias=torch.zeros(64, dtype=torch.complex64)), "bn1.bias holds no finite numbers"),
+        (weights(bn1__bias=torch.zeros(64, device="meta")), "bn1.bias holds no finite numbers"),
+        (weights(bn1__bias=torch.zeros(64).to_sparse()), "bn1.bias holds no finite numbers"),
+        (weights(bn1__bias=torch.zeros(65)), "bn1.bias has shape (65,) instead of (64,)"),
+        (weights(module__bn1__bias=torch.zeros(64)), "bn1.bias is there twice"),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(tmp_path, content, sentence):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError) as caught:
+        build_model("resnet18", str(tmp_path / "weights.pth"))
+    assert sentence in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_fit_is_checked_before_anything_changes():
+    wanted = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    check_fit(Path("x"), "model", {"a": torch.ones(2), "b": torch.ones(3)}, wanted)
+    with pytest.raises(ValueError, match=r"b is float32 \(4,\) instead of float32 \(3,\)"):
+        check_fit(Path("x"), "model", {"a": torch.ones(2), "b": torch.ones(4)}, wanted)
+    assert wanted["a"].sum() == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("amp", [[], ["--amp"]])
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_with_epoch_and_step(whole, tmp_path, monkeypatch, what, step, amp):
+    """In the second epoch, also in its last step, of which no later loss would tell. The first epoch's state stays."""
+    build = train.build_loss
+
+    def build_failing(*args):
+        loss_fn, calls = build(*args), []
+        forward = loss_fn.forward
+
+        def failing(embeddings, labels):
+            calls.append(1)
+            loss = forward(embeddings, labels)
+            if len(calls) != 3 + step:
+                return loss
+            return loss * float("inf") if what == "loss" else loss + (embeddings.sum() * 0).sqrt()
+
+        loss_fn.forward = failing
+        return loss_fn
+
+    monkeypatch.setattr(train, "build_loss", build_failing)
+    with pytest.raises(FloatingPointError, match=f"not finite at epoch 2, step {step}: try a smaller --lr") as caught:
+        run(*whole[1], "--run-dir", tmp_path / "run", *amp)
+    assert "keeps the state after epoch 1" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert finished_epochs(tmp_path / "run") == 1
+    assert sorted(contents(tmp_path / "run")) == ["args.json", "last.pt", "log.jsonl"]
+
+
+def test_workers_cache_and_threads_change_no_batch(whole, tmp_path, monkeypatch):
+    """The same images in the same batches with the same pixels; with one thread of torch the same weights, too."""
+    folder, flags = whole
+    batches = train.TrainingImages.batches
+    seen = []
+
+    def recorded(self, order, seed, epoch):
+        for images in batches(self, order, seed, epoch):
+            seen.append(images.clone())
+            yield images
+
+    monkeypatch.setattr(train.TrainingImages, "batches", recorded)
+    first = None
+    for number, (more, threads) in enumerate([
+        (["--workers", 0], 1), (["--workers", 3], 1), (["--workers", 2, "--cache", "off"], 1), (["--workers", 2], 2),
+    ]):  # fmt: skip
+        torch.set_num_threads(threads)
+        try:
+            run(*flags, *more, "--run-dir", tmp_path / f"run{number}")
+        finally:
+            torch.set_num_threads(1)
+        first = first or list(seen)
+        assert len(seen) == 9 and all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+        seen.clear()
+        if threads == 1:
+            assert differences(folder, tmp_path / f"run{number}") == []
+
+
+def test_deterministic(whole, tmp_path, monkeypatch):
+    """The flag switches torch's own guard on, which refuses every operation whose bits may vary, for the whole run."""
+    on = []
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda *a: (on.append(torch.are_deterministic_algorithms_enabled()),
+                                                              save(*a)))  # fmt: skip
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        for name in "ab":
+            run(*whole[1], "--deterministic", "--run-dir", tmp_path / name)
+        assert on == [True] * 6 and not torch.backends.cudnn.benchmark
+        assert differences(tmp_path / "a", tmp_path / "b") == []
+        run(*whole[1], "--epochs", 0, "--run-dir", tmp_path / "c")
+        assert on[-1] is False
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "cuda:-1", "meta", "hpu", "mps:3", "cpu:x"])
+def test_a_device_that_is_not_there(whole, tmp_path, device):
+    with pytest.raises(ValueError, match="can't be used here") as caught:
+        run(*whole[1], "--device", device, "--run-dir", tmp_path / "run")
+    assert "choose cpu" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    code, error = script("evaluate.py", "--run", whole[0], "--device", device)
+    assert code == 1 or device == ""  # the default
+    assert "Traceback" not in error
+
+
+def test_out_of_memory_on_the_device_is_one_sentence(whole, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr("torch.optim.Adam.step", full)
+    code, error = script("train.py", *whole[1], "--run-dir", tmp_path / "run")
+    assert code == 1 and error.splitlines()[-1].startswith("train.py: out of memory on the device: fewer images")
+    monkeypatch.setattr("evaluate.embed", full)
+    monkeypatch.setattr("data.images.stream_images", full)
+    code, error = script("evaluate.py", "--run", whole[0], "--device", "cpu")
+    assert code == 1 and error.splitlines()[-1].startswith("evaluate.py: out of memory on the device")
+
+
+def test_json_has_no_nan(tmp_path):
+    for save, content in [(save_json, {"mAP": float("nan")}), (save_log, [{"epoch": 1, "loss": float("inf")}])]:
+        with pytest.raises(ValueError):
+            save(tmp_path / "x", content)
+    assert list(tmp_path.iterdir()) == []
+    save_json(tmp_path / "x", {"mAP": 0.5})
+    assert json.loads((tmp_path / "x").read_text()) == {"mAP": 0.5}
