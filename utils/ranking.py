@@ -20,11 +20,12 @@ float32 product with the queries, and per true match the wrong images above it a
 and no sort: the cost is that of the product, and memory does not grow with the gallery.
 
 How exact it is. The similarities of true matches are computed in float64. A wrong image is counted by the float32
-product only if that is beyond the product's error; the few closer ones are compared again in float64. So the numbers
-are those of a float64 computation, whatever the size of the blocks, the device and the precision of its float32
-product (TF32, too, changes no digit, it only has more images compared again). Two similarities that differ by less
-than ROUNDING are equal: a wrong image with the embedding of a true match, the same picture, say, counts against the
-system wherever the two stand in the gallery.
+product only if its similarity is beyond the product's error; the few closer ones are compared again in float64. So the
+numbers are those of a float64 computation, whatever the size of the blocks, the device and the precision of its float32
+product (TF32, too, changes no digit: it only has more images compared again). Two similarities are equal if float64
+cannot tell them apart: if they differ by less than 2 (D + 8) 2^-53, 5e-13 for D = 2,048, times the lengths of the
+vectors where these are not 1. A wrong image with the embedding of a true match, because it is the same picture, say,
+therefore counts against the system wherever the two stand in the gallery.
 """
 
 import math
@@ -33,9 +34,8 @@ import torch
 from torch import Tensor
 
 JUNK = -1  # pid of gallery images that are dropped
-ROUNDING = 1e-12  # similarities this close are equal; relative to the lengths of the vectors
-TOLERANCE = 2**-19  # error of the float32 product, likewise relative; widened to 4 x what true matches show
-FAR = 1 / 64  # a true match behind more than this share of the gallery is compared with every image,
+TOLERANCE = 2**-19  # error of the float32 product for vectors of length 1; widened to 4 x what true matches show
+FAR = 1 / 64  # true matches behind more than this share of the gallery are compared with every image,
 CHUNK = 16  # the others only with chunks of images whose largest similarity is above
 CROWDED = 1 / 64  # share of close calls from which a part is computed again in float64
 LEAD = 128  # gallery images looked at before the first guess of which matches are far
@@ -173,10 +173,10 @@ def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_b
         close = tally.count(score) if trusted else None
         if close is not None:
             row, item, low, high = close
-            tally.settle(_similarity(query, row, rows, item, metric, ROUNDING), low, high)
+            tally.settle(_similarity(query, row, rows, item, metric, +1), low, high)
         else:  # too many close calls: the block again, in float64
             for first in range(0, len(query), SLICE):
-                exact = _similarities(query[first : first + SLICE], rows, metric, ROUNDING)
+                exact = _similarities(query[first : first + SLICE], rows, metric)
                 exact.masked_fill_(score[first : first + SLICE, :width] == -torch.inf, -torch.inf)
                 tally.count_float64(exact, first)
         seen += width
@@ -438,7 +438,7 @@ def _pair_scores(query: Tensor, gallery, pairs: _Pairs, metric: str) -> Tensor:
     if query.device.type != "cpu":  # all pairs alike; on a CPU a small product per person is faster
         for part in torch.arange(len(score), device=query.device).split(8192):
             rows = _rows(gallery, pairs.item[part], query.device)
-            score[part] = _similarity(query, pairs.query[part], rows, part - part[0], metric, -ROUNDING)
+            score[part] = _similarity(query, pairs.query[part], rows, part - part[0], metric, -1)
         return score
 
     tiles, done = [], 0  # a person's queries x up to 1024 of the person's images
@@ -460,26 +460,31 @@ def _pair_scores(query: Tensor, gallery, pairs: _Pairs, metric: str) -> Tensor:
             product.copy_(x[start - a : stop - a] @ y[first - c : last - c].T)
     score *= x_weight[pairs.row] * y_weight[pairs.place]
     half = y_half[pairs.place]
-    return score - half - ROUNDING * (x_size[pairs.row] * y_size[pairs.place] + half)
+    return score - half - _rounding(query) * (x_size[pairs.row] * y_size[pairs.place] + half)
 
 
-def _similarity(query: Tensor, row: Tensor, gallery: Tensor, item: Tensor, metric: str, rounding: float) -> Tensor:
-    """Similarity of query row[n] and gallery image item[n], (N,) float64, moved by the rounding."""
+def _similarity(query: Tensor, row: Tensor, gallery: Tensor, item: Tensor, metric: str, sign: int) -> Tensor:
+    """Similarity of query row[n] and gallery image item[n], (N,) float64, rounded up (sign 1) or down (-1)."""
     step = 64 if query.device.type == "cpu" else 8192
     score = [torch.empty(0, dtype=torch.float64, device=query.device)]
     for x, y in zip(row.split(step), item.split(step), strict=True):
         x, x_weight, x_size, _ = _vectors(query.index_select(0, x), metric, torch.float64)
         y, y_weight, y_size, y_half = _vectors(gallery.index_select(0, y), metric, torch.float64)
-        score.append((x * y).sum(1) * (x_weight * y_weight) - y_half + rounding * (x_size * y_size + y_half))
+        score.append((x * y).sum(1) * (x_weight * y_weight) - y_half + sign * _rounding(x) * (x_size * y_size + y_half))
     return torch.cat(score)
 
 
-def _similarities(query: Tensor, gallery: Tensor, metric: str, rounding: float) -> Tensor:
-    """Similarities of all queries and gallery images given, (R, W) float64, moved by the rounding."""
+def _similarities(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
+    """Similarities of all queries and gallery images given, (R, W) float64, rounded up."""
     x, x_weight, x_size, _ = _vectors(query, metric, torch.float64)
     y, y_weight, y_size, y_half = _vectors(gallery, metric, torch.float64)
     score = (x @ y.T).mul_(x_weight[:, None] * y_weight).sub_(y_half)
-    return score.add_(rounding * (x_size[:, None] * y_size + y_half))
+    return score.add_(_rounding(x) * (x_size[:, None] * y_size + y_half))
+
+
+def _rounding(vectors: Tensor) -> float:
+    """Bound of the error of a float64 similarity of vectors of length 1: D products and sums, and a few operations."""
+    return (vectors.shape[1] + 8) * 2.0**-53
 
 
 def _above(score: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
