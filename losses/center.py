@@ -32,6 +32,7 @@ class CenterLoss(nn.Module):
         """embeddings (B, D) float, labels (B,) integer in 0..C-1 -> scalar; another label is an error (on a CPU)."""
         with torch.autocast(embeddings.device.type, enabled=False):  # float32 also inside a caller's autocast
             embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            labels = labels.long()
             offset = embeddings - self.centers.index_select(0, labels)  # (B, D)
             loss = 0.5 * offset.pow(2).sum(dim=1).mean()
             if self.training:

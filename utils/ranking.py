@@ -65,6 +65,8 @@ def rank_metrics(
     """
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"Unknown metric {metric!r}: choose cosine or euclidean.")
+    _refuse_no_numbers("query embeddings", query)
+    _refuse_no_numbers("gallery embeddings", gallery)
     if len(query.shape) != 2 or len(gallery.shape) != 2 or not query.shape[1] == gallery.shape[1] > 0:
         raise ValueError(
             "Query and gallery embeddings must be tables of the same width, (Q, D) and (G, D), "
@@ -99,6 +101,7 @@ def metrics_from_distance(
     """
     if len(distance.shape) != 2:
         raise ValueError(f"The distances must be a matrix (Q, G), not of shape {tuple(distance.shape)}.")
+    _refuse_no_numbers("distances", distance)
     device = distance.device if isinstance(distance, Tensor) else torch.device("cpu")
     ids = _ids(query_pids, query_camids, gallery_pids, gallery_camids, *distance.shape, device)
     results = []
@@ -397,13 +400,36 @@ def _ids(query_pids, query_camids, gallery_pids, gallery_camids, num_query: int,
         ("gallery_pids", gallery_pids, num_gallery),
         ("gallery_camids", gallery_camids, num_gallery),
     ):
-        column = column if isinstance(column, Tensor) else torch.tensor(column)
+        if not isinstance(column, Tensor):
+            try:
+                column = torch.tensor(_native(column))
+            except (TypeError, ValueError, RuntimeError):  # text, objects, rows of different lengths, beyond 64 bits
+                raise ValueError(f"{name} must be integers that fit 64 bits.") from None
         if column.is_floating_point() or column.is_complex() or column.dtype == torch.bool:
             raise ValueError(f"{name} must be integers, not {column.dtype}.")
+        if column.dtype == torch.uint64 and (column.view(torch.int64) < 0).any():
+            raise ValueError(f"{name} must be integers below 2**63.")
         if column.shape != (length,):
             raise ValueError(f"{name} must hold an integer per image, shape ({length},), not {tuple(column.shape)}.")
         columns.append(column.to(device, torch.int64))
     return columns
+
+
+def _native(array):
+    """The array in the byte order of this machine, which torch asks for; anything else as it is."""
+    foreign = hasattr(array, "dtype") and not array.dtype.isnative
+    return array.astype(array.dtype.newbyteorder("=")) if foreign else array
+
+
+def _refuse_no_numbers(name: str, table) -> None:
+    """ValueError unless a tensor or array holds real numbers of at most 64 bits."""
+    dtype = table[:0].dtype if len(table.shape) else table.dtype
+    if isinstance(dtype, torch.dtype):
+        good = not dtype.is_complex and dtype != torch.bool
+    else:
+        good = dtype.kind in "fiu" and dtype.itemsize <= 8
+    if not good:
+        raise ValueError(f"The {name} must be numbers (float16, float32 or float64), not {dtype}.")
 
 
 def _rows(table, index, device) -> Tensor:
@@ -411,7 +437,7 @@ def _rows(table, index, device) -> Tensor:
     if isinstance(table, Tensor):
         part = table.index_select(0, index.to(table.device)) if isinstance(index, Tensor) else table[index]
         return part.to(device)
-    rows = table[index.cpu().numpy() if isinstance(index, Tensor) else index]
+    rows = _native(table[index.cpu().numpy() if isinstance(index, Tensor) else index])
     return (torch.as_tensor(rows) if rows.flags.writeable else torch.tensor(rows)).to(device)
 
 

@@ -81,7 +81,7 @@ def command_line(args: dict[str, Any]) -> str:
         if value is True:
             words.append(flag)
         elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)] if value else []
+            words += [flag, *map(str, value)] if value or key == "milestones" else []  # without any: lr never falls
         elif value is not False and value is not None:
             words += [flag, str(value)]
     return shlex.join(words)
