@@ -199,7 +199,7 @@ class TrainingImages:
         else:
             order = order.to(self.stores[0].device)
             for step in order:
-                yield [self._to_device(store[step]) for store in self.stores]
+                yield [self._to_device(store.index_select(0, step)) for store in self.stores]
 
     def _to_device(self, images: Tensor) -> Tensor:
         if self.device.type == "cuda" and images.device.type == "cpu":
