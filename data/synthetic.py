@@ -808,7 +808,7 @@ def draw_all(folder: Path, num_ids: int, seed: int, workers: int | None):
     todo = tasks(num_ids, seed)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or (1 if len(todo) < 1000 else cores)
-    with tqdm(total=len(todo), desc=f"drawing {num_ids} + {num_ids} people", unit="image") as bar:
+    with tqdm(total=len(todo), desc=f"drawing {num_ids} + {num_ids} people", unit="image", disable=None) as bar:
         if workers == 1:
             for _ in draw_tasks(todo, folder, seed):
                 bar.update()
