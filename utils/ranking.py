@@ -454,6 +454,11 @@ def _vectors(rows: Tensor, metric: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     if dtype == torch.float32 and not ((length > 1e-15) & (length < 1e15)).all():  # zeros, or too far from 1 to square
         x, weight, size, half = _vectors(rows, metric, torch.float64)
         return (x * weight[:, None]).float(), size.float(), size.float(), half.float()
+    odd = length < 1e-100
+    if odd.any():  # zeros, which stay zeros, or rows so small that their squares or weights leave the range of float64
+        largest = x[odd].abs().amax(1, keepdim=True)
+        x = x.index_put((odd,), x[odd] / torch.where(largest > 0, largest, 1))
+        length = torch.linalg.vector_norm(x, dim=1)
     weight = torch.where(length > 0, 1 / length, length)
     return x, weight, weight * length, torch.zeros_like(length)
 
