@@ -257,11 +257,22 @@ def test_float32_alone_would_order_these_wrongly():
     assert rank_metrics(query, [5, 6], [0, 0], gallery, [5, 6], [1, 1])["mAP"] == 0.5
 
 
+def test_many_copies_of_every_picture():
+    """Sixty pictures under many names, far and near: matches as near as each other and as wrong images."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        pictures = rng.normal(size=(60, 24)).astype(np.float32)
+        gallery, query = pictures[rng.integers(0, 60, 1500)], rng.normal(size=(40, 24)).astype(np.float32)
+        ids = random_ids(rng, 40, 1500, people=6)
+        arguments = query, *ids[:2], gallery, *ids[2:]
+        check(slow_of(arguments), rank_metrics, *arguments, gallery_block=(100, 256, 700, 2048)[seed])
+
+
 @pytest.mark.parametrize("spread", [1e-3, 0.0])
 def test_collapsed_embeddings(monkeypatch, spread):
     """Nearly (or quite) the same embedding for all: every comparison is a close call, decided in float64."""
     rng = np.random.default_rng(3)
-    arguments = list(people(rng, 40, 600, width=8, num_people=12))
+    arguments = list(people(rng, 300, 600, width=8, num_people=60))
     arguments[0], arguments[3] = (1 + spread * x for x in (arguments[0], arguments[3]))
     calls = count_calls(monkeypatch, ranking._Tally, "count_float64")
     check(slow_of(arguments), rank_metrics, *arguments, gallery_block=256)
@@ -315,6 +326,25 @@ def test_lengths_of_all_sizes(metric):
     for scale in (1.0, 2.0**-90, 2.0**90):
         arguments = (query * scale).astype(np.float32), *ids[:2], (gallery * scale).astype(np.float32), *ids[2:]
         check(expected, rank_metrics, *arguments, metric=metric, gallery_block=64)
+
+
+def test_a_true_match_beyond_float32():
+    """Euclidean: a true match at a distance whose square float32 does not hold is the last one, and junk stays out."""
+    gallery = np.zeros((50, 2), np.float32)
+    gallery[:, 0], gallery[20] = np.arange(50), 1e25
+    pids = np.array([*range(10, 30), 7, *range(31, 50), *[-1] * 10])
+    for block in (8, 50):
+        metrics = rank_metrics(gallery[:1], [7], [0], gallery, pids, np.ones(50, int), "euclidean", gallery_block=block)
+        assert metrics["mAP"] == 1 / 40
+
+
+def test_the_block_with_most_true_matches_comes_first():
+    """It shows how exact the product is before anything is counted; of that block a short piece, to see what is far."""
+    pids = torch.zeros(1000, dtype=torch.int64)
+    pids[[10, 620, 640, 650]] = 3
+    pairs = ranking._Pairs(torch.tensor([3]), torch.tensor([1]), pids, pids)
+    blocks = pairs.blocks(1000, 300)
+    assert blocks == [(600, 728), (728, 900), (0, 300), (300, 600), (900, 1000)]
 
 
 # ---- What it takes ----

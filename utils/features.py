@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 
 class Features(NamedTuple):
@@ -48,7 +49,10 @@ def save_features(path: str | Path, features: Features) -> Path:
         if name in OPTIONAL:
             arrays[name] = np.array([os.fspath(item) for item in value], dtype=np.str_)
         else:
-            arrays[name] = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+            if hasattr(value, "detach"):  # a tensor; numpy has no bfloat16
+                value = value.detach().cpu()
+                value = value.float() if value.dtype == torch.bfloat16 else value
+            arrays[name] = np.asarray(value)
     _check(arrays, path)
 
     path.parent.mkdir(parents=True, exist_ok=True)
