@@ -154,7 +154,7 @@ def test_without_market_and_duke_it_says_so_and_takes_the_generated_set(checkout
     assert names(out) == [f"synthetic_{row}_s0_quick" for row in TWELVE]
     for line in out.splitlines():
         args = train.resolve_flags(vars(train.build_parser().parse_args(shlex.split(line)[2:])))
-        assert (args["dataset"], args["arch"], args["weights"], args["amp"]) == ("synthetic", "resnet18", "none", True)
+        assert (args["dataset"], args["arch"], args["weights"]) == ("synthetic", "resnet18", "none")
         assert (args["height"], args["width"], args["data_dir"]) == (128, 64, "datasets")
         assert args["epochs"] < 60
     assert "12 by assumption: 3 minutes" in err
