@@ -1,0 +1,36 @@
+"""Where a benchmark ran, and where its numbers go: results/benchmarks/NAME_MACHINE.json."""
+
+import json
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
+
+
+def machine_name(device: str = "cpu") -> str:
+    """The GPU's or the processor's name and the number of threads, fit for a file name; no host name."""
+    if torch.device(device).type == "cuda":
+        return sanitised(torch.cuda.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.M) if cpuinfo.is_file() else None
+    name = found[1] if found else f"{platform.system()} {platform.machine()}"
+    return sanitised(f"{name} {torch.get_num_threads()} threads")
+
+
+def sanitised(name: str) -> str:
+    """Lower-case letters, digits and single hyphens."""
+    name = re.sub(r"\((r|tm)\)|\bCPU\b|@.*?GHz", " ", name, flags=re.I)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def write_result(name: str, payload: dict, machine: str | None = None, folder: Path = RESULTS) -> Path:
+    """Write payload, with the machine's name and torch's version, as folder/NAME_MACHINE.json; returns the path."""
+    machine = sanitised(machine) if machine else machine_name()
+    path = folder / f"{name}_{machine}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": name, "machine": machine, "torch": torch.__version__, **payload}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
