@@ -25,6 +25,8 @@ class HistogramLoss(nn.Module):
         super().__init__()
         if num_bins < 2:
             raise ValueError(f"num_bins must be at least 2, got {num_bins}")
+        if num_bins > 5000:
+            raise ValueError(f"num_bins must be at most 5000, since its square is kept in memory, got {num_bins}")
         self.num_bins = num_bins
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

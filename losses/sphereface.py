@@ -38,6 +38,8 @@ class SphereFaceLoss(nn.Module):
         super().__init__()
         if margin < 1 or margin != int(margin):
             raise ValueError(f"margin must be a whole number from 1 up, got {margin}")
+        if margin > 16:
+            raise ValueError(f"margin must be at most 16, got {margin}")
         if min(lambda_base, lambda_gamma, lambda_power, lambda_min) < 0:
             raise ValueError("lambda_base, lambda_gamma, lambda_power and lambda_min must not be negative")
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(num_classes, embedding_dim)))
