@@ -181,6 +181,20 @@ def test_distance_matrix_of_many_columns_in_float32():
     check(slow(-distance, *ids), metrics_from_distance, distance, *ids)
 
 
+def test_distances_in_float64_are_compared_in_float64():
+    distance = np.array([[1.0, 1.0 + 1e-12], [1.0, 1.0 - 1e-12], [1.0, 1.0]])
+    metrics = metrics_from_distance(distance, [5, 5, 5], [0, 0, 0], [5, 6], [1, 1])
+    assert metrics["rank1"] == pytest.approx(1 / 3)
+
+
+def test_a_person_of_a_thousand_images():
+    rng = np.random.default_rng(0)
+    query, gallery = rng.normal(size=(4, 6)), rng.normal(size=(1600, 6))
+    gallery_pids = np.where(rng.random(1600) < 0.8, 1, 2)
+    arguments = query, np.array([1, 1, 2, 1]), np.zeros(4, int), gallery, gallery_pids, rng.integers(0, 3, 1600)
+    check(slow_of(arguments), rank_metrics, *arguments, gallery_block=500)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_arrays(data):

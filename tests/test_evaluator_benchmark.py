@@ -1,0 +1,58 @@
+"""benchmarks/evaluator.py and benchmarks/machine.py: the ways agree, tables read, files carry no host name."""
+
+import json
+import platform
+
+import pytest
+import torch
+
+from benchmarks import evaluator, machine
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    evaluator.generate(folder, 64, 60, 400, 20, 4, 100, 0.8)
+    return folder, evaluator.load(folder)
+
+
+def test_generated_people_are_neither_trivial_nor_hopeless(arrays):
+    query, query_pids, _, gallery, gallery_pids, _ = arrays[1]
+    assert query.shape == (60, 64) and gallery.shape == (400, 64) and (gallery_pids == 0).sum() == 100
+    assert set(query_pids.tolist()) == set(range(1, 21))
+    assert 0.3 < evaluator.ours(*arrays[1])["mAP"] < 0.98
+
+
+def test_mapped_rows_are_the_first_of_the_gallery(arrays):
+    folder, whole = arrays
+    mapped = evaluator.load(folder, mapped=150)
+    assert [len(x) for x in mapped] == [60, 60, 60, 150, 150, 150]
+    assert (torch.as_tensor(mapped[3].copy()) == whole[3][:150]).all()
+
+
+def test_the_sort_agrees_and_disagreement_stops(arrays):
+    ways = {way: {"metrics": evaluator.WAYS[way](*arrays[1])} for way in list(evaluator.WAYS)[:3]}
+    assert max(evaluator.agreement(ways).values()) < 1e-6
+    ways["full sort, torch"]["metrics"]["mAP"] += 1e-4
+    with pytest.raises(RuntimeError, match="do not agree"):
+        evaluator.agreement(ways)
+
+
+def test_table():
+    seconds = {"median": 2.0, "min": 1.5, "max": 2.5, "n": 3}
+    row = {"seconds": seconds, "after_product_seconds": {**seconds, "median": 0.25}, "times_product": 1.14,
+           "extra_mib": 60.4, "metrics": {"rank1": 0.5, "mAP": 0.25}}  # fmt: skip
+    ways = {"this evaluator": row, "torchreid": {"missing": "not installed (torchreid)"}}
+    text = evaluator.table({"size": "market", "query": 3368, "gallery": 15913, "dim": 2048, "ways": ways})
+    for part in ("3,368 x 15,913 x 2,048", "2.000 (1.500 to 2.500)", "0.250", "1.14", "60", "50.0000", "not installed"):
+        assert part in text
+
+
+def test_result_file(tmp_path):
+    path = machine.write_result("evaluator", {"cpu": []}, "Some (R) CPU @ 2.00GHz, 4/x", tmp_path)
+    assert path.name == "evaluator_some-4-x.json"
+    assert json.loads(path.read_text()) == {
+        "benchmark": "evaluator", "machine": "some-4-x", "torch": torch.__version__, "cpu": []
+    }  # fmt: skip
+    name = machine.machine_name()
+    assert name.endswith("threads") and (platform.node() or "?") not in name
