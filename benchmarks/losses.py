@@ -13,9 +13,6 @@ Prints a table and writes results/benchmarks/losses_MACHINE.json.
 """
 
 import argparse
-import json
-import platform
-import re
 import statistics
 import sys
 import time
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which holds a losses.py of its own
 
+from benchmarks.machine import machine_name, write_result  # noqa: E402
 from losses import TWELVE, build_loss, parse_expression  # noqa: E402
 from models import build_model  # noqa: E402
 
@@ -198,17 +196,6 @@ def time_network(device: torch.device, args: argparse.Namespace) -> dict[str, di
     return times
 
 
-def machine_name(device: torch.device) -> str:
-    """The GPU's or the processor's name, made fit for a file name; no host name."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not name and cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.M)
-        name = f"{found.group(1)} {torch.get_num_threads()} threads" if found else ""
-    name = name or f"{platform.system()} {platform.machine()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
-
-
 def table(rows: list[dict], network: dict[str, dict[str, dict[str, float]]], network_batch: int) -> str:
     lines = []
     for row in rows:
@@ -273,16 +260,14 @@ def main(argv: list[str] | None = None) -> None:
         shown = ", ".join(f"{name} {value['median']:.0f} ms" for name, value in times.items())
         print(f"{args.arch} {args.height}x{args.width}, batch {args.network_batch}, on {device}: {shown} a step")
 
-    machine = re.sub(r"[^A-Za-z0-9_.-]+", "-", args.machine) if args.machine else machine_name(devices[-1])
     result = {
-        "benchmark": "losses", "machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "pytorch_metric_learning": peer_version, "embedding_dim": args.embedding_dim, "images_per_identity": K,
         "repeats": args.repeats, "tf32": torch.backends.cuda.matmul.allow_tf32, "rows": rows,
         "network": {"arch": args.arch, "height": args.height, "width": args.width, "batch_size": args.network_batch,
                     "repeats": args.network_repeats, "milliseconds": network},
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"losses_{machine}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result("losses", result, args.machine or machine_name(devices[-1]), args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 
 
-def machine_name(device: str = "cpu") -> str:
+def machine_name(device: str | torch.device = "cpu") -> str:
     """The GPU's or the processor's name and the number of threads, fit for a file name; no host name."""
     if torch.device(device).type == "cuda":
         return sanitised(torch.cuda.get_device_name(device))

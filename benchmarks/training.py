@@ -25,8 +25,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import sys
@@ -52,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]  # has a losses.py, too
 
 import train  # noqa: E402
+from benchmarks.machine import machine_name, write_result  # noqa: E402
 from data.images import MEAN, STD, TrainingImages, augment, normalise  # noqa: E402
 from data.market1501 import FOLDERS, market1501  # noqa: E402
 from data.records import Record  # noqa: E402
@@ -610,22 +609,6 @@ def cpuinfo() -> str:
     return path.read_text() if path.is_file() else ""
 
 
-def machine_name(device: torch.device) -> str:
-    """The GPU's or the processor's name, made fit for a file name; no host name."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), flags=re.M)
-    name = name or f"{found[1] if found else platform.machine()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
-
-
-def write_result(name: str, content: dict, machine: str) -> Path:
-    """results/benchmarks/NAME_MACHINE.json."""
-    path = ROOT / "results/benchmarks" / f"{name}_{machine}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, "machine": machine, **content}, indent=1, allow_nan=False) + "\n")
-    return path.relative_to(ROOT)
-
-
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
@@ -696,7 +679,7 @@ def jobs_of(args: argparse.Namespace, images: str) -> list[Job]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = torch.device(args.device)
-    machine = re.sub(r"[^A-Za-z0-9_.-]+", "-", args.machine) if args.machine else machine_name(device)
+    machine = args.machine or machine_name(device)
     facts = {
         "command": f"python benchmarks/training.py {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
         "torch": torch.__version__,
@@ -724,7 +707,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{whole['epochs_done']} of {whole['epochs_wanted']} epochs in {whole['seconds']:.0f} s"
                   f"{': the time limit stopped it, there is no score' if slow else ''}")  # fmt: skip
             if not args.quick:
-                print(f"-> {write_result('training_whole', {**facts, 'rows': [whole]}, machine)}")
+                print(f"-> {write_result('training_whole', {**facts, 'rows': [whole]}, machine).name}")
             return
         largest = max(job.steps * job.p * K for job in jobs_of(args, ""))
         images = str(generate(data_dir, num_ids=max(64, largest // 15)))  # some 18 training images each
@@ -743,7 +726,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n--quick: nothing was written")
     else:
         result = {**facts, "rows": rows, "decoding": decoding}
-        print(f"\n-> {write_result('training', result, machine)}")
+        print(f"\n-> {write_result('training', result, machine).name}")
 
 
 if __name__ == "__main__":
