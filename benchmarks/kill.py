@@ -1,6 +1,6 @@
 """Kills a training with SIGKILL at 20 random moments, resumes it each time, and looks for a bit that differs.
 
-    python benchmarks/kill.py                       # 20 kills: about 6 minutes; writes results/benchmarks/kill.json
+    python benchmarks/kill.py                       # 20 kills: about 5 minutes; writes results/benchmarks/kill.json
     python benchmarks/kill.py --kills 6 --seed 1 --loss sphereface   # another chain, printed only
 
 One run is killed over and over: while it decodes images, during a step, while a checkpoint is written, while it scores
@@ -137,6 +137,7 @@ def kill_at(flags: Sequence[str], run_dir: Path, phase: str, nth: int, delay: fl
 
     Raises RuntimeError with the output if the training ended before.
     """
+    earlier = set(run_dir.glob(".*.tmp"))  # left by the kill before
     child = Child(flags)
     while child.count(phase) < nth:
         if not child.read():
@@ -153,7 +154,7 @@ def kill_at(flags: Sequence[str], run_dir: Path, phase: str, nth: int, delay: fl
         "died_in": child.phases[-1][0],
         "epochs_in_checkpoint": finished_epochs(run_dir),
         "epochs_in_log": len(read_log(run_dir)),
-        "half_files": sorted(path.name.rsplit(".", 2)[0].lstrip(".") for path in run_dir.glob(".*.tmp")),
+        "half_files": sorted(path.name.rsplit(".", 2)[0][1:] for path in set(run_dir.glob(".*.tmp")) - earlier),
         "has_result": (run_dir / "result.json").exists(),
     }
 

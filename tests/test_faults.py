@@ -32,7 +32,7 @@ import models
 import train
 import utils.checkpoint
 from benchmarks.kill import differences, finished_epochs, kill_at
-from data.images import BadImage
+from data.images import BadImage, decode
 from models.backbone import GlobalAveragePool, build_model
 from utils.checkpoint import (
     check_fit,
@@ -492,6 +492,20 @@ def test_bad_training_images_are_skipped_on_request(whole, market, tmp_path, cap
     skipped = [line for line in out.splitlines() if line.startswith("skipped: ")]
     assert all(line.startswith(f"skipped: {path}") for path, line in zip(bad, skipped, strict=True))
     assert differences(tmp_path / "clean", tmp_path / "run") == []
+
+
+def test_formats_that_no_photograph_comes_in_are_never_opened(tmp_path, monkeypatch):
+    """By their content, whatever the suffix. Pillow would hand PostScript to another program."""
+    started = []
+    monkeypatch.setattr("subprocess.check_call", lambda *words, **_: started.append(words))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 20\n%%EndComments\nshowpage\n")
+    Image.new("RGB", (9, 20)).save(tmp_path / "b.jpg", format="TIFF")
+    Image.new("RGB", (9, 20)).save(tmp_path / "c.png", format="PPM")
+    for name in ("a.jpg", "b.jpg", "c.png"):
+        with pytest.raises(BadImage, match=f"{name} can't be read as an image: cannot identify image file"):
+            decode(tmp_path / name, [(8, 4)])
+    assert not started
 
 
 def test_only_bad_images(whole, market, tmp_path):
