@@ -282,6 +282,18 @@ def test_many_copies_of_every_picture():
         check(slow_of(arguments), rank_metrics, *arguments, gallery_block=(100, 256, 700, 2048)[seed])
 
 
+def test_copies_among_far_matches():
+    """Every picture two or three times, a fifth of them under a wrong name; people who look like anybody."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        picture = rng.integers(0, 1000, 3000)
+        gallery = rng.normal(size=(1000, 24)).astype(np.float32)[picture]
+        gallery_pids = np.where(rng.random(3000) < 0.8, picture % 150, rng.integers(0, 150, 3000))
+        query, camids = rng.normal(size=(50, 24)).astype(np.float32), rng.integers(0, 3, 3050)
+        arguments = query, rng.integers(0, 20, 50), camids[:50], gallery, gallery_pids, camids[50:]
+        check(slow_of(arguments), rank_metrics, *arguments, gallery_block=500)
+
+
 @pytest.mark.parametrize("spread", [1e-3, 0.0])
 def test_collapsed_embeddings(monkeypatch, spread):
     """Nearly (or quite) the same embedding for all: every comparison is a close call, decided in float64."""

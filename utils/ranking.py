@@ -165,9 +165,10 @@ def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_b
         inside = pairs.inside(begin, width)
         known = score[pairs.query[inside], pairs.item[inside] - begin]
         error = (known - pair_score[inside]).abs() / scale[pairs.query[inside]]
-        if len(error) and not 4 * error.max() <= tolerance:
+        trusted = bool(scale.min() > 1e-30 and scale.max() < 1e30)
+        if trusted and len(error) and not 4 * error.max() <= tolerance:
             tolerance = 8 * error.max().item()
-        trusted = bool(tolerance < 1e-2 and scale.min() > 1e-30 and scale.max() < 1e30)
+        trusted = trusted and tolerance < 1e-2
 
         if not trusted:
             score.zero_()
