@@ -149,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.features:
         features = load_features(args.features)
+        query = torch.from_numpy(features.query.astype(features.query.dtype.newbyteorder("=")))  # ranked where it is
+        features = features._replace(query=query.to(device))
         print(metrics_table(score(features, args.metric or "cosine", args.ignore_cameras), str(args.features)))
         return
     model, run = load_run(args.run, device)

@@ -8,8 +8,8 @@
     untrained  the network of the quick flags before its first step, the mean over three seeds
     softmax    trained with the quick flags of experiments.sh, seed 0
     long       the same with three times the epochs
-    cameras    trained on the images of cameras 1 to 3, scored within cameras 1 to 3 and within 4 to 6,
-               beside the network trained on all six
+    cameras    trained on the images of cameras 1 to 3, half of all, for twice the epochs: as many steps; scored
+               within cameras 1 to 3 and within 4 to 6, beside the network trained on all six
     seeds      softmax with five seeds
     losses     seed 0 of every loss that experiments.sh has finished (this script trains none of them)
 
@@ -158,7 +158,8 @@ def measure_losses(args) -> dict:
 def measure_cameras(args) -> dict:
     """Rank-1 and mAP within cameras 1 to 3 and within 4 to 6, of two networks."""
     quick_run(args, checkpoint=True)
-    name = "synthetic_softmax_s0_quick_cameras-1-2-3"
+    epochs = 2 * int(quick("--epochs"))
+    name = f"synthetic_softmax_s0_quick_cameras-1-2-3_epochs-{epochs}"
     source, copy = generate(args.data_dir), ROOT / "runs" / f".{name}"  # a Market-layout folder, half of it left out
     shutil.rmtree(copy, ignore_errors=True)
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
@@ -167,7 +168,7 @@ def measure_cameras(args) -> dict:
             if folder != "bounding_box_train" or int(re.search(r"_c(\d)s", path.name)[1]) in NEAR:
                 shutil.copyfile(path, copy / folder / path.name)
     try:
-        flags = ["--loss", "softmax", "--dataset", "market", *quick_flags(), "--seed", "0"]
+        flags = ["--loss", "softmax", "--dataset", "market", *quick_flags(), "--epochs", str(epochs), "--seed", "0"]
         flags += ["--data-dir", str(copy.relative_to(ROOT))]
         trained(name, flags, checkpoint=True)
     finally:

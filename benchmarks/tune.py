@@ -4,8 +4,8 @@
     python benchmarks/tune.py --losses arcface triplet
     python benchmarks/tune.py --dry-run              # prints the commands
 
-Every loss has the same budget: four candidates, one run each with one seed, everything else by the controlled recipe
-and the quick flags of experiments.sh. A finished trial is a line of results/tuning/synthetic.jsonl (the first line
+Every loss has the same budget: three candidates, one run each with one seed and half the epochs, everything else by the
+controlled recipe and the quick flags of experiments.sh. A finished trial is a line of results/tuning/synthetic.jsonl (the first line
 holds the settings) and is never run again. At the end: all trials, and the winners by mAP as rows for utils/recipes.py.
 """
 

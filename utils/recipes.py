@@ -74,12 +74,12 @@ def resolve_loss_args(loss_args: dict[str, Any], num_steps: int) -> list[str]:
 
 
 def command_line(args: dict[str, Any]) -> str:
-    """Flags (by name, None and False left out) as one would type them."""
+    """Flags (by name; None and switches that are off left out) as one would type them."""
     words = []
     for key, value in args.items():
         flag = f"--{key.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
+        if value is True or (value is False and key == "random_crop"):  # the one switch that has an opposite
+            words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list | tuple):
             words += [flag, *map(str, value)] if value or key == "milestones" else []  # without any: lr never falls
         elif value is not False and value is not None:
