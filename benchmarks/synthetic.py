@@ -34,6 +34,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from data import Record, load_dataset  # noqa: E402
 from data.synthetic import VERSION, generate  # noqa: E402
 from evaluate import embed_split, load_run  # noqa: E402
@@ -57,6 +58,13 @@ def quick_flags() -> list[str]:
 def quick(flag: str) -> str:
     flags = quick_flags()
     return flags[flags.index(flag) + 1]
+
+
+def longer(times: int) -> tuple[str, ...]:
+    """Epochs and milestones of the quick flags, each so many times as large."""
+    flags = train.build_parser().parse_args(quick_flags())
+    numbers = [str(times * number) for number in (flags.epochs, *flags.milestones)]
+    return ("--epochs", numbers[0], "--milestones", *numbers[1:])
 
 
 # ------------------------------------------------------------------------------------------------- without training
@@ -135,9 +143,8 @@ def measure_softmax(args) -> dict:
 
 
 def measure_long(args) -> dict:
-    epochs = 3 * int(quick("--epochs"))
-    result = quick_run(args, suffix=f"_epochs-{epochs}", extra=("--epochs", str(epochs)))
-    return {**{key: result[key] for key in KEYS}, "epochs": epochs}
+    result = quick_run(args, suffix="_long", extra=longer(3))
+    return {**{key: result[key] for key in KEYS}, "flags": longer(3)}
 
 
 def measure_seeds(args) -> dict:
@@ -158,8 +165,7 @@ def measure_losses(args) -> dict:
 def measure_cameras(args) -> dict:
     """Rank-1 and mAP within cameras 1 to 3 and within 4 to 6, of two networks."""
     quick_run(args, checkpoint=True)
-    epochs = 2 * int(quick("--epochs"))
-    name = f"synthetic_softmax_s0_quick_cameras-1-2-3_epochs-{epochs}"
+    name = "synthetic_softmax_s0_quick_cameras-1-2-3"
     source, copy = generate(args.data_dir), ROOT / "runs" / f".{name}"  # a Market-layout folder, half of it left out
     shutil.rmtree(copy, ignore_errors=True)
     for folder in ("bounding_box_train", "query", "bounding_box_test"):
@@ -168,7 +174,7 @@ def measure_cameras(args) -> dict:
             if folder != "bounding_box_train" or int(re.search(r"_c(\d)s", path.name)[1]) in NEAR:
                 shutil.copyfile(path, copy / folder / path.name)
     try:
-        flags = ["--loss", "softmax", "--dataset", "market", *quick_flags(), "--epochs", str(epochs), "--seed", "0"]
+        flags = ["--loss", "softmax", "--dataset", "market", *quick_flags(), *longer(2), "--seed", "0"]
         flags += ["--data-dir", str(copy.relative_to(ROOT))]
         trained(name, flags, checkpoint=True)
     finally:
