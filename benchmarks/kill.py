@@ -296,7 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder)
     print(f"{report['kills']} kills in {report['seconds']} s; differences: {report['differences'] or 'none'}")
     if argv is None and len(sys.argv) == 1:
-        save_json(ROOT / "results" / "benchmarks" / "kill.json", report)
+        path = ROOT / "results" / "benchmarks" / "kill.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(path, report)
     return 1 if report["differences"] else 0
 
 
