@@ -26,11 +26,11 @@ from data.holdout import holdout
 from data.images import TrainingImages, find_bad_images
 from data.sampler import PKSampler, RandomSampler
 from evaluate import METRICS, embed_split, metrics_table, score
-from losses import LOSSES, build_loss, row_name, with_default_weights
+from losses import LOSSES, build_loss, describe_arguments, row_name, with_default_weights
 from models import ARCHS, build_model
 from utils.checkpoint import check_writable, load_json, locked, resume_run, save_checkpoint, save_json, save_log
 from utils.environment import digest_of_names, environment, find_device
-from utils.recipes import RECIPES, command_line, recipe_defaults, resolve_loss_args
+from utils.recipes import RECIPES, recipe_defaults, resolve_loss_args, show_flags
 from utils.seed import seed_everything, set_determinism
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -86,9 +86,9 @@ def number(kind: type, zero: bool = False):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the explicit flags only: a flag not given is absent from the result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
+    epilog = "arguments of the losses and their defaults:\n  " + "\n  ".join(map(describe_arguments, LOSSES))
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     # loss
     add("--loss", help=f"a loss or a sum of losses such as softmax+0.5*triplet; losses: {', '.join(LOSSES)}")
@@ -105,12 +105,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--height", type=number(int), help="image height in pixels (default: 256)")
     add("--width", type=number(int), help="image width in pixels (default: 128)")
     # recipe
-    add("--recipe", choices=RECIPES, help="table of default values for the flags below (default: controlled)")
+    add("--recipe", choices=RECIPES, help="default values, also of loss arguments (default: controlled)")
     add("--show-recipe", action="store_true", help="print the resulting flags and stop")
     add("--epochs", type=number(int, zero=True), help="passes over the training images (default: the recipe's, 60)")
     add("--lr", type=number(float), help="Adam's learning rate (default: the recipe's)")
     add("--weight-decay", type=number(float, zero=True), help="Adam's L2 penalty (default: the recipe's, 5e-4)")
-    add("--milestones", type=number(int, zero=True), nargs="*", help="epochs after which lr falls to a tenth")
+    add("--milestones", type=number(int, zero=True), nargs="*", help="epochs after which lr falls to a tenth (1/3 and 2/3)")
     add("--sampler", choices=("random", "pk"), help="random images, or P identities x K images (default: the recipe's)")
     add("--batch-size", type=number(int), help="images per batch of the random sampler (default: p * k)")
     add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")
@@ -144,6 +144,8 @@ def resolve_flags(explicit: dict) -> dict:
         if "batch_size" in explicit:
             raise ValueError("--batch-size belongs to --sampler random; with --sampler pk a batch is --p x --k images")
         args["batch_size"] = None
+    elif {"p", "k"} & explicit.keys():
+        raise ValueError("--p and --k belong to --sampler pk; with --sampler random a batch is --batch-size images")
     elif args["batch_size"] is None:
         args["batch_size"] = args["p"] * args["k"]
     if (args["batch_size"] or args["p"] * args["k"]) < 2:
@@ -176,8 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if show_recipe:
-        own = [f"{key}={value}" for key, value in args["loss_args"].items()] + explicit.get("loss_args", [])
-        print(command_line({**args, "loss_args": own, "recipe": None}))
+        own = [] if saved else explicit.get("loss_args", [])  # those of a run that began are in args
+        print(show_flags({key: args[key] for key in ("loss", "dataset", "loss_args", *DEFAULTS)}, own))
         return
     row = row_name(args["loss"])
     run_dir = run_dir or Path("runs") / f"{args['dataset']}_{row}_s{args['seed']}"
@@ -221,11 +223,11 @@ def main(argv: list[str] | None = None) -> None:
         sampler = RandomSampler(len(records), args["batch_size"], args["seed"])
     num_steps = len(sampler) * args["epochs"]
     settings = {key: args[key] for key in ("random_crop", "cache", "workers")}
-    images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **settings)
 
     # -------------------------------------------------------------------------------------------------- model and loss
     seed_everything(args["seed"])
-    model = build_model(args["arch"], args["weights"]).to(device, memory_format=torch.channels_last)
+    weights = "none" if (run_dir / "last.pt").exists() else args["weights"]  # last.pt has all of them
+    model = build_model(args["arch"], weights).to(device, memory_format=torch.channels_last)
     if not saved:
         args["loss_args"] = resolve_loss_args(args["loss_args"], max(num_steps, 1)) + explicit.get("loss_args", [])
     loss_fn = build_loss(args["loss"], num_classes, model.embedding_dim, args["loss_args"]).to(device)
@@ -235,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(groups, weight_decay=args["weight_decay"], fused=True)
     first_rates = [group["lr"] for group in groups]
     forward = torch.compile(model) if args["compile"] else model
+    images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **settings)
 
     # ----------------------------------------------------------------------------------------------------------- train
     with locked(run_dir, new=not saved):

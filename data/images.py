@@ -122,7 +122,9 @@ def available_memory(device: torch.device) -> int:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        if hasattr(os, "sysconf"):
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return 4 * 2**30  # Windows does not tell
 
 
 def find_bad_images(paths: Sequence[Path], workers: int) -> dict[int, str]:

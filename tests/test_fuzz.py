@@ -638,11 +638,10 @@ def test_flags_of_train(words):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         train.main([*(word for word in words if word != "--resume"), "--show-recipe"])
-    again, sentence = refused_flags(lambda: vars(train.build_parser().parse_args(shlex.split(shown.getvalue()))))
+    again, sentence = refused_flags(lambda: vars(train.build_parser().parse_args(shlex.split(shown.getvalue(), comments=True))))
     assert sentence is None
-    again["loss_args"] = [text for text in again.get("loss_args", []) if not text.endswith("/steps")]
     again = train.resolve_flags(again)
-    same = args.keys() - {"recipe", "loss_args"}
+    same = args.keys() - {"recipe", "loss_args", "device", "workers"}
     assert {key: again[key] for key in same} == {key: args[key] for key in same}
 
 

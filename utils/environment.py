@@ -14,7 +14,7 @@ def find_device(name: str) -> torch.device:
     """The device of this name; ValueError in one sentence if nothing can be computed there."""
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).add(1).item()
+        torch.ones(1, device=device, dtype=torch.float64).add(1).item()  # the ranking needs 64 bits
     except Exception as error:  # each kind of device that is not there has its own
         known = f"cpu{', cuda' if torch.cuda.is_available() else ' (there is no usable GPU)'}"
         raise ValueError(f"--device {name} can't be used here ({type(error).__name__}): choose {known}") from None

@@ -73,6 +73,21 @@ def resolve_loss_args(loss_args: dict[str, Any], num_steps: int) -> list[str]:
     return [f"{key}={value!r}" for key, value in values.items()]
 
 
+def show_flags(args: dict[str, Any], loss_args: list[str]) -> str:
+    """What --show-recipe prints: all flags but those of the machine, as one would type them.
+
+    loss_args: explicit ones, beside those of args (of a recipe: a dict; of a run that began: a list). What depends on
+    the number of training steps can't be typed: it follows in a line of its own.
+    """
+    own = args["loss_args"]
+    own = [f"{key}={value}" for key, value in own.items()] if isinstance(own, dict) else own
+    by_steps = [pair for pair in own if pair.endswith("/steps")]
+    typed = {**args, "loss_args": [pair for pair in own if pair not in by_steps] + loss_args}
+    left_out = ["recipe", "device", "workers", *(["p", "k"] if args["sampler"] == "random" else [])]
+    line = command_line({key: value for key, value in typed.items() if key not in left_out})
+    return "\n".join([line, *(f"# {pair}: the recipe's, worked out when the steps are counted" for pair in by_steps)])
+
+
 def command_line(args: dict[str, Any]) -> str:
     """Flags (by name; None and switches that are off left out) as one would type them."""
     words = []
