@@ -71,7 +71,7 @@ def embed_split(model: nn.Module, split: Split, **settings) -> Features:
 
 
 def score(features: Features, metric: str = "cosine", ignore_cameras: bool = False) -> dict[str, float]:
-    """The metrics of PROTOCOL, as fractions (0..1), under the names of `rank_metrics`.
+    """The metrics of the README's "Protocol", as fractions (0..1), under the names of `rank_metrics`.
 
     ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped.
     """

@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(int, zero=True), help="passes over the training images (default: the recipe's, 60)")
     add("--lr", type=number(float), help="Adam's learning rate (default: the recipe's)")
     add("--weight-decay", type=number(float, zero=True), help="Adam's L2 penalty (default: the recipe's, 5e-4)")
-    add("--milestones", type=number(int, zero=True), nargs="*", help="epochs after which lr falls to a tenth (1/3 and 2/3)")
+    add("--milestones", type=number(int, zero=True), nargs="*", help="epochs after which lr falls to 1/10")
     add("--sampler", choices=("random", "pk"), help="random images, or P identities x K images (default: the recipe's)")
     add("--batch-size", type=number(int), help="images per batch of the random sampler (default: p * k)")
     add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")

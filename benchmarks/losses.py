@@ -182,7 +182,7 @@ def time_network(device: torch.device, args: argparse.Namespace) -> dict[str, di
     times = {}
     for name, amp in (("float32", False), ("bfloat16", True)):
         model = build_model(args.arch).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=5e-4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=5e-4, fused=True)
         gradient = torch.randn(len(images), model.embedding_dim, device=device)
 
         def step(model=model, optimizer=optimizer, gradient=gradient, amp=amp) -> None:
@@ -250,7 +250,10 @@ def main(argv: list[str] | None = None) -> None:
         print("pytorch-metric-learning is not installed: its columns stay empty", file=sys.stderr)
 
     rows, network = [], {}
+    torch.backends.cudnn.benchmark = True  # as in train.py
     for device in devices:
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # events and memory are those of the current device
         rows += time_losses(device, args, with_peer=peer_version is not None)
         if args.arch != "none":
             network[device.type] = time_network(device, args)
@@ -263,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "threads": torch.get_num_threads(),
         "pytorch_metric_learning": peer_version, "embedding_dim": args.embedding_dim, "images_per_identity": K,
-        "repeats": args.repeats, "tf32": torch.backends.cuda.matmul.allow_tf32, "rows": rows,
+        "repeats": args.repeats, "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32, "rows": rows,
         "network": {"arch": args.arch, "height": args.height, "width": args.width, "batch_size": args.network_batch,
                     "repeats": args.network_repeats, "milliseconds": network},
     }  # fmt: skip

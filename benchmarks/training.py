@@ -57,6 +57,7 @@ from data.records import Record  # noqa: E402
 from data.synthetic import generate  # noqa: E402
 from losses import build_loss  # noqa: E402
 from models import build_model  # noqa: E402
+from utils.seed import set_determinism  # noqa: E402
 
 TRAIN, BARE, NCHW, PEER = "train.py", "bare loop", "bare loop, NCHW", "the way torchreid does it"
 SIZES = {"resnet18": (128, 64), "resnet50": (256, 128)}  # height, width: the README's quick flags and the defaults
@@ -302,6 +303,8 @@ def flops(bare: Bare) -> float:
 def product_flops_per_second(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.5) -> float:
     """What a plain product of two square matrices reaches here: a yardstick for the network's arithmetic."""
     a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as in the network's convolutions
     torch.mm(a, b)
     synchronize(device)
     start, count = time.perf_counter(), 0
@@ -310,6 +313,7 @@ def product_flops_per_second(device: torch.device, dtype: torch.dtype, size: int
             torch.mm(a, b)
         synchronize(device)
         count += 5
+    torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
@@ -331,6 +335,7 @@ def peak_memory(device: torch.device) -> float:
 
 def measure_peer_memory(job: Job) -> float:
     """MiB of torchreid's way, its workers not counted; in a process of its own."""
+    set_determinism(False)  # as in the timed loop
     records = pick(market1501(job.images, check_counts=False).train, 2 * job.p * K)
     peer_loop(build_peer(job, records), steps=2)
     return peak_memory(torch.device(job.device))
@@ -720,7 +725,9 @@ def main(argv: list[str] | None = None) -> None:
             row = in_a_process(measure, job)
             rows.append({**row, "peer_peak_memory_mib": memory[job.arch]})
             print(f"{job.name}: train.py {row['images_per_second'][TRAIN]['median']:.1f} images/s, "
-                  f"{row['share_of_bare_loop']:.3f} of the bare loop")  # fmt: skip
+                  f"{row['share_of_bare_loop']:.3f} of the bare loop", flush=True)  # fmt: skip
+            if not args.quick:  # what is there is kept, whatever comes
+                write_result("training", {**facts, "rows": rows, "decoding": decoding}, machine)
     print(f"\n{tables(rows, decoding)}")
     if args.quick:
         print("\n--quick: nothing was written")

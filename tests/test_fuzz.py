@@ -638,7 +638,8 @@ def test_flags_of_train(words):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         train.main([*(word for word in words if word != "--resume"), "--show-recipe"])
-    again, sentence = refused_flags(lambda: vars(train.build_parser().parse_args(shlex.split(shown.getvalue(), comments=True))))
+    typed = shlex.split(shown.getvalue(), comments=True)
+    again, sentence = refused_flags(lambda: vars(train.build_parser().parse_args(typed)))
     assert sentence is None
     again = train.resolve_flags(again)
     same = args.keys() - {"recipe", "loss_args", "device", "workers"}

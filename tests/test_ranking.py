@@ -305,10 +305,8 @@ def test_collapsed_embeddings(monkeypatch, spread):
     assert calls
 
 
-def test_a_rough_product_changes_nothing(monkeypatch):
-    """Products of vectors rounded to ten bits, as TF32 does: more comparisons are made again, the same numbers."""
-    arguments = people(np.random.default_rng(4), 80, 2000, width=64, num_people=300, noise=1.0)
-    expected = rank_metrics(*arguments, gallery_block=512)
+def multiply_roughly(monkeypatch) -> list:
+    """From now on products are those of vectors rounded to ten bits, as TF32 does. Returns the list of its calls."""
     exact, calls = torch.mm, []
 
     def ten_bits(x):
@@ -319,6 +317,24 @@ def test_a_rough_product_changes_nothing(monkeypatch):
         return exact(ten_bits(a), ten_bits(b), out=out)
 
     monkeypatch.setattr(torch, "mm", rough)
+    return calls
+
+
+def test_a_rough_product_is_noticed_without_many_true_matches(monkeypatch):
+    """A single match may have no error by chance: other pairs of the block are looked at, too."""
+    rng = np.random.default_rng(0)
+    draws = [rng.normal(size=(4097, 64)).astype(np.float32) for _ in range(150)]
+    cases = [(draw[:1], [5], [1], draw[1:], np.arange(4096), np.full(4096, 2)) for draw in draws]
+    expected = [rank_metrics(*case) for case in cases]
+    assert multiply_roughly(monkeypatch) == []
+    assert [rank_metrics(*case) for case in cases] == expected
+
+
+def test_a_rough_product_changes_nothing(monkeypatch):
+    """More comparisons are made again, the same numbers."""
+    arguments = people(np.random.default_rng(4), 80, 2000, width=64, num_people=300, noise=1.0)
+    expected = rank_metrics(*arguments, gallery_block=512)
+    calls = multiply_roughly(monkeypatch)
     again = count_calls(monkeypatch, ranking._Tally, "settle")
     assert rank_metrics(*arguments, gallery_block=512) == expected
     assert calls and sum(len(call[1]) for call in again) > 300

@@ -131,6 +131,15 @@ def test_summary_against_explicit_tests(tmp_path):
     assert summary["softmax"]["mAP"] == pytest.approx((1.54 / 3, (high - low) / 2))
 
 
+def test_a_loss_that_is_higher_on_the_common_seeds_is_not_called_lower(tmp_path):
+    scores = {"softmax": [0.60, 0.61, 0.70, 0.70, 0.70], "triplet": [0.65, 0.661]}
+    runs = [result(loss, seed, mAP) for loss, values in scores.items() for seed, mAP in enumerate(values)]
+    (rows,) = results.load_groups(save(tmp_path, *runs)).values()
+    softmax, triplet = results.summarise(rows)
+    assert softmax["best"] and triplet["p"] < 0.05
+    assert results.verdict(triplet).startswith("higher on common seeds, p = ")
+
+
 def test_one_lucky_seed_is_not_the_best(tmp_path):
     runs = [result("softmax", 0, 0.5), result("softmax", 1, 0.52), result("arcface", 0, 0.9)]
     (rows,) = results.load_groups(save(tmp_path, *runs)).values()

@@ -22,10 +22,11 @@ and no sort: the cost is that of the product, and memory does not grow with the 
 How exact it is. The similarities of true matches are computed in float64. A wrong image is counted by the float32
 product only if its similarity is beyond the product's error; the few closer ones are compared again in float64. So the
 numbers are those of a float64 computation, whatever the size of the blocks, the device and the precision of its float32
-product (TF32, too, changes no digit: it only has more images compared again). Two similarities are equal if float64
-cannot tell them apart: if they differ by less than 2 (D + 8) 2^-53, 5e-13 for D = 2,048, times the lengths of the
-vectors where these are not 1. A wrong image with the embedding of a true match, because it is the same picture, say,
-therefore counts against the system wherever the two stand in the gallery.
+product (with TF32, only more images are compared again). That error is estimated, not bounded: 4 to 8 times the largest
+one that the true matches and SAMPLE other pairs of each block show, and at least TOLERANCE. Two similarities are equal
+if float64 cannot tell them apart: if they differ by less than 2 (D + 8) 2^-53, 5e-13 for D = 2,048, times the lengths
+of the vectors where these are not 1. A wrong image with the embedding of a true match, because it is the same picture,
+say, therefore counts against the system wherever the two stand in the gallery.
 """
 
 import math
@@ -34,9 +35,10 @@ import torch
 from torch import Tensor
 
 JUNK = -1  # pid of gallery images that are dropped
-TOLERANCE = 2**-19  # error of the float32 product for vectors of length 1; widened to 4 x what true matches show
-FAR = 1 / 64  # true matches behind more than this share of the gallery are compared with every image,
-CHUNK = 16  # the others only with chunks of images whose largest similarity is above
+TOLERANCE = 2**-19  # error of the float32 product for vectors of length 1; raised where 4 x the error seen is more
+SAMPLE = 64  # pairs of a block, beside the true matches, whose error is looked at
+FAR = 1 / 64  # true matches behind more than this share of the gallery are compared with every image of a block
+CHUNK = 16  # images of a block whose largest similarity alone is compared with the farthest of the other true matches
 CROWDED = 1 / 64  # share of close calls from which a part is computed again in float64
 LEAD = 128  # gallery images looked at before the first guess of which matches are far
 SLICE = 256  # queries handled at a time on a CPU where its cache counts
@@ -165,6 +167,10 @@ def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_b
         inside = pairs.inside(begin, width)
         known = score[pairs.query[inside], pairs.item[inside] - begin]
         error = (known - pair_score[inside]).abs() / scale[pairs.query[inside]]
+        row = torch.arange(SAMPLE, device=device)
+        row, item = row * 7919 % len(query), row * 104729 % width  # spread over the block
+        other = _similarity(query, row, rows, item, metric, 0)
+        error = torch.cat([error, (score[row, item] - other).abs() / scale[row]])
         trusted = bool(scale.min() > 1e-30 and scale.max() < 1e30)
         if trusted and len(error) and not 4 * error.max() <= tolerance:
             tolerance = 8 * error.max().item()
@@ -378,7 +384,7 @@ def _metrics(results: list[Tensor], ranks) -> dict[str, float]:
     if not len(results):
         raise ValueError(
             "No query has a true match in the gallery under another camera, so there is nothing to score: if all "
-            "images come from one camera, use --ignore-cameras (every image then counts as a camera of its own)."
+            "images come from one camera, give each a camera of its own (--ignore-cameras does)."
         )
     first, precision, trapezoid, inverse_penalty = results.unbind(1)
     return {
@@ -496,7 +502,7 @@ def _pair_scores(query: Tensor, gallery, pairs: _Pairs, metric: str) -> Tensor:
 
 
 def _similarity(query: Tensor, row: Tensor, gallery: Tensor, item: Tensor, metric: str, sign: int) -> Tensor:
-    """Similarity of query row[n] and gallery image item[n], (N,) float64, rounded up (sign 1) or down (-1)."""
+    """Similarity of query row[n] and gallery image item[n], (N,) float64, rounded up (sign 1), down (-1) or not (0)."""
     step = 64 if query.device.type == "cpu" else 8192
     score = [torch.empty(0, dtype=torch.float64, device=query.device)]
     for x, y in zip(row.split(step), item.split(step), strict=True):

@@ -214,18 +214,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def summarise(rows: dict[str, dict[int, dict]]) -> list[dict]:
     """One dict per loss, in the order of the table: means, intervals (fractions), n, and the test against the best.
 
-    `p` is None for the best itself and where fewer than two seeds are common to both. A loss with one seed can't be
-    the best while another has more.
+    `p` is None for the best itself and where fewer than two seeds are common to both; `higher`: over the common seeds,
+    its mean is above that of the best. A loss with one seed can't be the best while another has more.
     """
     order = [row for row in PUBLISHED if row in rows] + sorted(row for row in rows if row not in PUBLISHED)
     scores = {row: {seed: run["mAP"] for seed, run in rows[row].items()} for row in order}
     candidates = [row for row in order if len(rows[row]) > 1] or order
     best = max(candidates, key=lambda row: statistics.fmean(scores[row].values()))
-    p_values = {}
+    p_values, higher = {}, set()
     for row in order:
         common = sorted(scores[row].keys() & scores[best].keys())
         if row != best and len(common) > 1:
-            p_values[row] = paired_p([scores[best][seed] for seed in common], [scores[row][seed] for seed in common])
+            pair = [[scores[name][seed] for seed in common] for name in (best, row)]
+            p_values[row] = paired_p(*pair)
+            if statistics.fmean(pair[1]) > statistics.fmean(pair[0]):  # possible where the rows have other seeds
+                higher.add(row)
     p_values = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     summary = []
     for row in order:
@@ -240,6 +243,7 @@ def summarise(rows: dict[str, dict[int, dict]]) -> list[dict]:
                 "seconds": statistics.fmean(run["seconds"] for run in runs),
                 "best": row == best,
                 "p": p_values.get(row),
+                "higher": row in higher,
                 "comparisons": len(p_values),
             }
         )
@@ -283,7 +287,9 @@ def verdict(entry: dict) -> str:
     if entry["p"] is None:
         return "no test"
     p = "p < 0.001" if entry["p"] < 0.001 else f"p = {entry['p']:.3f}"
-    return f"lower, {p}" if entry["p"] < LEVEL else f"= best, {p}"
+    if entry["p"] >= LEVEL:
+        return f"= best, {p}"
+    return f"higher on common seeds, {p}" if entry["higher"] else f"lower, {p}"
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
