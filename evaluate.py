@@ -4,6 +4,8 @@
     python evaluate.py --run runs/market_arcface_s0 --dataset duke
     python evaluate.py --run runs/market_arcface_s0 --save-features features.npz
     python evaluate.py --features features.npz
+
+The numbers of a run are printed and kept in its folder, in evaluation_DATASET_METRIC.json.
 """
 
 import argparse
@@ -170,9 +172,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.save_features:
         save_features(args.save_features, features)
-    metrics = score(features, args.metric or run["metric"], args.ignore_cameras or run["ignore_cameras"])
+    how = {
+        "metric": args.metric or run["metric"],
+        "ignore_cameras": args.ignore_cameras or run["ignore_cameras"],
+    }
+    metrics = score(features, **how)
     print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
-    save_json(args.run / f"evaluation_{dataset}.json", metrics)
+    name = f"evaluation_{dataset}_{how['metric']}{'_ignore-cameras' if how['ignore_cameras'] else ''}.json"
+    save_json(args.run / name, {**metrics, **how})
 
 
 if __name__ == "__main__":

@@ -84,5 +84,14 @@ def test_copy_a_loss_example_runs(tmp_path):
     subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, check=True, timeout=120)
 
 
+def test_copy_the_ranking_example_runs(tmp_path):
+    (block,) = re.findall(r"```python\n(from ranking import .*?)```", README, flags=re.S)
+    shutil.copy(ROOT / "utils/ranking.py", tmp_path)
+    before = "import torch\nquery, gallery = torch.randn(2, 8), torch.randn(6, 8)\ndistance = -query @ gallery.T\n"
+    before += "query_pids, query_camids = [1, 2], [1, 1]\ngallery_pids, gallery_camids = [1, 2, 3, 0, -1, 1], [2] * 6\n"
+    (tmp_path / "score.py").write_text(before + block)
+    subprocess.run([sys.executable, "score.py"], cwd=tmp_path, check=True, timeout=120)
+
+
 def test_short():
     assert len(README.splitlines()) < 250

@@ -194,16 +194,19 @@ def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_b
 
 
 class _Pairs:
-    """All pairs of a query and a gallery image of the same person (junk aside), person by person.
+    """All P pairs of a query and a gallery image of the same person (junk aside), person by person.
 
     query, item (P,): indices. match (P,): whether the cameras differ; if not, the pair is dropped from the ranking.
+    order (Q,), items (K,): the queries, and the gallery images of their people, by pid; row, place (P,): where a pair's
+    images stand in them; people (N, 4): first and number of a person's queries in order, and of its images in items.
+    item_sorted, by_item (P,): the pairs by gallery image. junk (J,): gallery images of pid -1.
     """
 
     def __init__(self, query_pids: Tensor, query_camids: Tensor, gallery_pids: Tensor, gallery_camids: Tensor):
         items = torch.isin(gallery_pids, query_pids).logical_and_(gallery_pids != JUNK).nonzero().squeeze(1)
         pids, order = gallery_pids[items].sort(stable=True)
-        self.items = items[order]  # (K,) gallery images of the queries' people, by pid
-        self.order = query_pids.argsort(stable=True)  # (Q,) queries by pid
+        self.items = items[order]
+        self.order = query_pids.argsort(stable=True)
         first = torch.searchsorted(pids, query_pids[self.order])
         count = torch.searchsorted(pids, query_pids[self.order], right=True) - first
         row = torch.arange(len(count), device=count.device).repeat_interleave(count)
@@ -212,10 +215,10 @@ class _Pairs:
         self.match = query_camids[self.query] != gallery_camids[self.item]
         self.item_sorted, self.by_item = self.item.sort(stable=True)
         self.junk = (gallery_pids == JUNK).nonzero().squeeze(1)
-        self.row, self.place = row, place  # where the pair's images stand in order and in items
+        self.row, self.place = row, place
         queries = torch.unique_consecutive(query_pids[self.order], return_counts=True)[1]
         start = queries.cumsum(0) - queries
-        self.people = torch.stack([start, queries, first[start], count[start]], 1)  # from .. how many in order, items
+        self.people = torch.stack([start, queries, first[start], count[start]], 1)
 
     def inside(self, begin: int, width: int) -> Tensor:
         """Pairs whose gallery image is one of begin .. begin + width - 1."""

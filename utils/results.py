@@ -258,7 +258,7 @@ def command(run: dict) -> str:
     explicit = {key: value for key, value in run["args"]["explicit"].items() if key not in LOCAL}
     first = {key: explicit.pop(key) for key in ("loss", "dataset") if key in explicit}
     seed = {"seed": explicit.pop("seed", run["args"]["seed"])}
-    for key in ("workers", "cache", "device"):
+    for key in ("workers", "cache", "device", "eval_every"):
         explicit.pop(key, None)
     return f"python train.py {command_line({**first, **explicit, **seed})}"
 
