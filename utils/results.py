@@ -400,7 +400,10 @@ def update(readme: Path, text: str) -> None:
 
 
 def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
-    """For each group three panels: mAP with its interval, loss over epochs, mAP over epochs (means over seeds)."""
+    """For each group three panels: mAP with its interval, loss over epochs, mAP over epochs (means over seeds).
+
+    The curve of mAP is that of the runs that were scored on the way (--eval-every), if there are any.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -417,12 +420,14 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
             scores.errorbar(100 * mean, place, xerr=100 * (half or 0), fmt="o", capsize=3, color=colours[row])
             for axis, key in ((losses, "loss"), (curves, "mAP")):
                 lines = {}  # epoch -> values of the seeds
-                for run in entry["runs"]:
+                scored = [run for run in entry["runs"] if any("mAP" in line for line in run["log"])]
+                drawn = scored if key == "mAP" and scored else entry["runs"]
+                for run in drawn:
                     last = [{"epoch": run["args"]["epochs"], "mAP": run["mAP"]}] if key == "mAP" else []
                     for line in [*run["log"], *last]:
                         if key in line:
                             lines.setdefault(line["epoch"], []).append(line[key])
-                epochs = sorted(epoch for epoch, values in lines.items() if len(values) == len(entry["runs"]))
+                epochs = sorted(epoch for epoch, values in lines.items() if len(values) == len(drawn))
                 values = [statistics.fmean(lines[epoch]) for epoch in epochs]
                 if key == "loss" and values and values[0] > 0:
                     values = [value / values[0] for value in values]
