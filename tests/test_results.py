@@ -421,7 +421,7 @@ def test_figure_shows_the_means(tmp_path, monkeypatch):
     assert right - left == pytest.approx(2 * 12.7062 * 10 / 2, rel=1e-4)  # t(0.975, 1) s / sqrt(2), s = 10 / sqrt(2)
     assert losses.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.5]]
     assert curves.lines[0].get_xydata().tolist() == [pytest.approx([1, 25.0]), pytest.approx([2, 45.0])]
-    assert curves.lines[1].get_xydata().tolist() == [pytest.approx([2, 45.0])]  # no mean over fewer seeds than n
+    assert curves.lines[1].get_xydata().tolist() == [pytest.approx([1, 20.0]), pytest.approx([2, 40.0])]  # seed 0 only
     pyplot.switch_backend("agg")  # closes the figures
 
 
