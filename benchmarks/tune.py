@@ -97,6 +97,11 @@ def model_flags() -> list[str]:
     return flags[: flags.index("--epochs")]
 
 
+def common_flags(seed: int) -> list[str]:
+    """The flags that all trials share."""
+    return ["--dataset", "synthetic", "--eval-on", "val", *model_flags(), *TRIAL_FLAGS, "--seed", str(seed)]
+
+
 def trial_flags(row: str, values: dict) -> list[str]:
     """The flags of train.py that a candidate stands for."""
     weights = values.get("loss_weights", {})
@@ -179,7 +184,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=ROOT / "results/tuning/synthetic.jsonl", help="file of the trials")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left, run nothing")
     args = parser.parse_args()
-    common = ["--dataset", "synthetic", "--eval-on", "val", *model_flags(), *TRIAL_FLAGS, "--seed", str(args.seed)]
+    common = common_flags(args.seed)
     trials = read_log(args.log, settings={"flags": common})
     failed = []
     for row in args.losses:

@@ -352,6 +352,13 @@ def test_a_winner_in_the_recipe_is_the_trial_that_won(row, monkeypatch):
         assert set(explicit.get("loss_args", [])) <= set(given)
 
 
+def test_the_recipe_has_the_winners_of_the_log():
+    trials = tune.read_log(ROOT / "results/tuning/synthetic.jsonl", {"flags": tune.common_flags(seed=0)})
+    best = {f"{row}@synthetic": trial["values"] for row, trial in tune.winners(trials).items()}
+    assert {key: row for key, row in RECIPES["controlled"].items() if "@synthetic" in key} == best
+    assert len(best) == len(TWELVE)
+
+
 def test_quick_flags_are_those_of_the_script(checkout):
     out, _ = dry(checkout, LOSSES="npair")
     assert " ".join(tune.quick_flags()) in out
