@@ -27,7 +27,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "triplet@synthetic": {"loss_args": {"triplet.margin": 1.0}},
         "softmax+triplet@synthetic": {"loss_args": {"triplet.margin": None}, "loss_lr": 0.001},
         "softmax+center@synthetic": {"loss_weights": {"center": 0.003}, "loss_lr": 0.001},
-        "npair@synthetic": {"loss_args": {"npair.l2": 0.02}},
+        "npair@synthetic": {"loss_args": {"npair.l2": 0.002}},
         "histogram@synthetic": {"loss_args": {"histogram.num_bins": 150}},
         "focal@synthetic": {"loss_args": {"focal.gamma": 1.0}, "loss_lr": 0.001},
         "multi_similarity@synthetic": {"loss_args": {"multi_similarity.beta": 50.0, "multi_similarity.base": 1.0}},
