@@ -21,7 +21,7 @@ set -uf # -f: the * of 0.5*triplet is no file name
 
 ALL_LOSSES="softmax triplet softmax+triplet softmax+center npair histogram focal multi_similarity
             sphereface_m1 sphereface cosface arcface"
-QUICK_FLAGS=(--arch resnet18 --weights none --height 128 --width 64 --epochs 6 --milestones 5)
+QUICK_FLAGS=(--arch resnet18 --weights none --height 128 --width 64 --epochs 5 --milestones 4)
 
 stop() {
   echo "experiments.sh: $1" >&2
