@@ -442,6 +442,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
         curves.set_ylabel("mAP, %")
         for axis in (losses, curves):
             axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
         for axis in (scores, losses, curves):
             axis.grid(alpha=0.3)
         curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
