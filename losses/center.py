@@ -38,5 +38,5 @@ class CenterLoss(nn.Module):
             if self.training:
                 with torch.no_grad():
                     count = (labels[:, None] == labels).sum(dim=1, keepdim=True)  # (B, 1): n_j, image by image
-                    self.centers.index_add_(0, labels, (offset / (1 + count)).to(self.centers.dtype), alpha=self.alpha)
+                    self.centers.index_add_(0, labels, offset / (1 + count), alpha=self.alpha)
             return loss

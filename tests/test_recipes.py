@@ -1,5 +1,6 @@
 """Recipes: every row is understood, an explicit flag wins, the published settings are the published ones."""
 
+import json
 import shlex
 
 import pytest
@@ -114,3 +115,21 @@ def test_command_line_quotes_what_a_shell_would_split():
     flags = {"data_dir": "my data", "amp": True, "compile": False, "milestones": [1, 2], "loss_lr": None}
     assert command_line(flags) == "--data-dir 'my data' --amp --milestones 1 2"
     assert command_line({"random_crop": False}) == "--no-random-crop"
+
+
+def test_show_recipe_of_a_run_that_began(tmp_path, capsys):
+    """Flags of its args.json, the worked-out loss arguments among them: they can be typed."""
+    explicit = {"loss": "sphereface", "dataset": "market", "epochs": 7}
+    args = {**train.resolve_flags(explicit), "loss_args": ["sphereface.lambda_gamma=0.5", "margin=3"]}
+    args |= {"explicit": explicit, "environment": {}, "num_classes": 5}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    train.main(["--resume", "--run-dir", str(tmp_path), "--show-recipe"])
+    again = vars(train.build_parser().parse_args(shlex.split(capsys.readouterr().out)))
+    assert again["loss_args"] == ["sphereface.lambda_gamma=0.5", "margin=3"] and again["epochs"] == 7
+
+
+def test_p_and_k_belong_to_the_pk_sampler():
+    assert resolve(loss="softmax", p=8)["p"] == 8
+    for flag in ("p", "k"):
+        with pytest.raises(ValueError, match="--p and --k belong to --sampler pk"):
+            resolve(loss="softmax", sampler="random", **{flag: 8})

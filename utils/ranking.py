@@ -172,7 +172,7 @@ def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_b
         other = _similarity(query, row, rows, item, metric, 0)
         error = torch.cat([error, (score[row, item] - other).abs() / scale[row]])
         trusted = bool(scale.min() > 1e-30 and scale.max() < 1e30)
-        if trusted and len(error) and not 4 * error.max() <= tolerance:
+        if trusted and not 4 * error.max() <= tolerance:
             tolerance = 8 * error.max().item()
         trusted = trusted and tolerance < 1e-2
 
