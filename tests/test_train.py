@@ -116,6 +116,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch, lo
     assert [results[0][key] for key in METRICS] == [results[1][key] for key in METRICS]
 
 
+def test_the_weights_file_is_read_before_any_image_and_not_again(flags, tmp_path, monkeypatch):
+    torch.save(train.build_model("resnet18", "none").state_dict(), tmp_path / "weights.pth")
+    save = train.save_checkpoint
+
+    def dying_save(path, content):
+        save(path, content)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", dying_save)
+        with pytest.raises(Killed):
+            run("--loss", "triplet", "--epochs", 2, *flags, "--weights", tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").unlink()
+    run("--resume", "--run-dir", tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").is_file()
+    monkeypatch.setattr(train, "TrainingImages", lambda *_, **__: pytest.fail("decoded before the weights were read"))
+    with pytest.raises((ValueError, OSError), match="weights.pth"):
+        run("--loss", "triplet", *flags, "--weights", tmp_path / "weights.pth", "--run-dir", tmp_path / "other")
+
+
 def test_resuming_a_finished_run_prints_its_result(flags, tmp_path, capsys):
     run("--loss", "softmax", "--epochs", 0, *flags)
     capsys.readouterr()
