@@ -49,6 +49,7 @@ SIZES = {  # query and gallery images, people, cameras, distractors, and how bad
     "msmt17": (11659, 82161, 3060, 15, 0, 1.1),
     "market500k": (3368, 515913, 750, 6, 502798, 0.8),
 }
+SLOW = 60  # seconds of all turns of a way, after which it gets no further one
 MIB = 2**20
 NAMES = ("query", "query_pids", "query_camids", "gallery", "gallery_pids", "gallery_camids")
 
@@ -233,7 +234,7 @@ def work(task: dict) -> dict:
             found[way] = {"missing": f"not installed ({getattr(error, 'name', None) or error})"}
     for _ in range(task["repeats"]):
         for way, row in found.items():
-            if "missing" in row or (way in PEERS and len(row["seconds"]) >= task["peer_repeats"]):
+            if "missing" in row or sum(row["seconds"]) > SLOW:
                 continue
             if task["memory"]:  # it takes time to watch
                 with Memory() as memory:
@@ -269,7 +270,7 @@ def measure(size: str, dim: int, repeats: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder), dim, *SIZES[size])
         common = {"folder": folder, "mapped": 0, "threads": threads}
-        timed = run(ways=ways, repeats=repeats, peer_repeats=min(repeats, 3), memory=False, **common)
+        timed = run(ways=ways, repeats=repeats, memory=False, **common)
         alone = statistics.median(timed["product alone"]["seconds"])
         for way, row in timed.items():
             if "missing" in row:
@@ -277,7 +278,7 @@ def measure(size: str, dim: int, repeats: int, threads: int) -> dict:
                 continue
             beside = zip(row["seconds"], timed["product alone"]["seconds"], strict=False)
             after = [total - alone for total, alone in beside]
-            extra = run(ways=[way], repeats=1, peer_repeats=1, memory=True, **common)[way]["extra_bytes"]
+            extra = run(ways=[way], repeats=1, memory=True, **common)[way]["extra_bytes"]
             result["ways"][way_title(way)] = {
                 "seconds": spread(row["seconds"]),
                 "after_product_seconds": spread(after),
@@ -316,7 +317,7 @@ def curve(rows: int, dim: int, points: int, threads: int) -> list[dict]:
             del table, shuffled
             (Path(folder) / "new.npy").replace(Path(folder) / f"{name}.npy")
         for images in [rows >> shift for shift in reversed(range(points))]:
-            task = {"folder": folder, "mapped": images, "threads": threads, "repeats": 3, "peer_repeats": 1}
+            task = {"folder": folder, "mapped": images, "threads": threads, "repeats": 3}
             timed = run(ways=["product alone", "this evaluator"], memory=False, **task)
             alone = run(ways=["this evaluator"], memory=True, **{**task, "repeats": 1})["this evaluator"]
             seconds = {way: statistics.median(row["seconds"]) for way, row in timed.items()}
@@ -407,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--sizes", nargs="*", choices=SIZES, default=["market", "msmt17", "market500k"], help="sizes to measure")
-    add("--repeats", type=int, default=5, help="turns of each way (peers: at most 3)")
+    add("--repeats", type=int, default=7, help=f"turns of each way, fewer once it took {SLOW} s in all")
     add("--dim", type=int, default=2048, help="width of the embeddings")
     add("--curve", type=int, default=1_000_000, help="rows of the memory-mapped gallery, 512 wide; 0: no curve")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
