@@ -41,7 +41,8 @@ FAR = 1 / 64  # true matches behind more than this share of the gallery are comp
 CHUNK = 16  # images of a block whose largest similarity alone is compared with the farthest of the other true matches
 CROWDED = 1 / 64  # share of close calls from which a part is computed again in float64
 LEAD = 128  # gallery images looked at before the first guess of which matches are far
-SLICE = 256  # queries handled at a time on a CPU where its cache counts
+SLICE = 256  # queries handled at a time on a CPU, so that they stay in its cache,
+FAR_SLICE = 64  # and when far matches are compared with every image, again and again
 
 
 def rank_metrics(
@@ -321,7 +322,7 @@ class _Tally:
         far_match = torch.cat([rows[:0], *(self.start[rows[:size]] + level for level, size in enumerate(sizes))])
         low, high = self.low[far_match, None], self.high[far_match, None]
         sure, maybe = score.new_empty(len(far_row)), score.new_empty(len(far_row))
-        piece = SLICE if score.device.type == "cpu" else len(score)
+        piece = FAR_SLICE if score.device.type == "cpu" else len(score)
         passed = score.new_empty(min(piece, len(score)), score.shape[1])  # 0.0 or 1.0: as floats, these are fastest
         for first in range(0, max(sizes, default=0), piece):
             part = score.index_select(0, rows[first : min(first + piece, sizes[0])])
