@@ -94,4 +94,4 @@ def test_copy_the_ranking_example_runs(tmp_path):
 
 
 def test_short():
-    assert len(README.splitlines()) < 250
+    assert len(README.splitlines()) < 290
