@@ -305,16 +305,17 @@ def test_collapsed_embeddings(monkeypatch, spread):
     assert calls
 
 
-def multiply_roughly(monkeypatch) -> list:
-    """From now on products are those of vectors rounded to ten bits, as TF32 does. Returns the list of its calls."""
-    exact, calls = torch.mm, []
+def multiply_roughly(monkeypatch, bits=10) -> list:
+    """From now on products are those of vectors rounded to so many bits behind the point: 10 as TF32 does, 7 as
+    bfloat16. Returns the list of its calls."""
+    exact, calls, step = torch.mm, [], 1 << (23 - bits)
 
-    def ten_bits(x):
-        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    def rounded(x):
+        return ((x.contiguous().view(torch.int32) + step // 2) & -step).view(torch.float32)
 
     def rough(a, b, out):
         calls.append(None)
-        return exact(ten_bits(a), ten_bits(b), out=out)
+        return exact(rounded(a), rounded(b), out=out)
 
     monkeypatch.setattr(torch, "mm", rough)
     return calls
@@ -330,11 +331,12 @@ def test_a_rough_product_is_noticed_without_many_true_matches(monkeypatch):
     assert [rank_metrics(*case) for case in cases] == expected
 
 
-def test_a_rough_product_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("bits", [10, 7])
+def test_a_rough_product_changes_nothing(monkeypatch, bits):
     """More comparisons are made again, the same numbers."""
     arguments = people(np.random.default_rng(4), 80, 2000, width=64, num_people=300, noise=1.0)
     expected = rank_metrics(*arguments, gallery_block=512)
-    calls = multiply_roughly(monkeypatch)
+    calls = multiply_roughly(monkeypatch, bits)
     again = count_calls(monkeypatch, ranking._Tally, "settle")
     assert rank_metrics(*arguments, gallery_block=512) == expected
     assert calls and sum(len(call[1]) for call in again) > 300
@@ -503,7 +505,6 @@ def arguments_of(**changes):
         ({"gallery_camids": [1, 1, 1]}, "No query has a true match .*--ignore-cameras"),
         ({"query": np.array([[1, 1, 1], [1, np.nan, 1]])}, "1 of 2 query embeddings .* images 1 "),
         ({"gallery": np.array([[np.inf] * 3, [1] * 3, [-np.inf] * 3])}, "2 of 3 gallery embeddings .* images 0, 2 "),
-        ({"gallery": np.full((3, 3), 1e200)}, "gallery embeddings are too large"),
     ],
 )
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -511,6 +512,17 @@ def test_refused(changes, words, metric):
     with pytest.raises(ValueError, match=words) as error:
         rank_metrics(**arguments_of(**{"metric": metric, **changes}))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["query", "gallery"])
+def test_giant_embeddings(name):
+    """The cosine does not depend on the length; a squared distance beyond the range of float64 is refused."""
+    arguments = arguments_of(metric="cosine")
+    expected = rank_metrics(**arguments)
+    large = {**arguments, name: arguments[name].astype(np.float64) * 1e250}
+    assert rank_metrics(**large) == expected
+    with pytest.raises(ValueError, match=f"The {name} embeddings are too large"):
+        rank_metrics(**{**large, "metric": "euclidean"})
 
 
 def test_not_finite_embeddings_are_named_wherever_they_stand():

@@ -139,7 +139,7 @@ def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_b
     query = _rows(all_queries, here, device)
     q, q_weight, q_size, _ = _vectors(query, metric, torch.float32)
     if not torch.isfinite(q_size).all():  # not finite, or only their squares are not, in float32
-        _refuse_not_finite("query", all_queries, query)
+        _refuse_not_finite("query", all_queries, _magnitude(query, metric))
     q = q * q_weight[:, None]
     pairs = _Pairs(ids[0][here], ids[1][here], *ids[2:])
     if not pairs.match.any():
@@ -154,7 +154,7 @@ def _rank_queries(all_queries, gallery, ids, here: slice, metric: str, gallery_b
         rows = _rows(gallery, slice(begin, end), device)
         g, g_weight, g_size, g_half = _vectors(rows, metric, torch.float32)
         if not torch.isfinite(g_size).all():
-            _refuse_not_finite("gallery", gallery, rows)
+            _refuse_not_finite("gallery", gallery, _magnitude(rows, metric))
         width = len(rows)
         score = buffer[:, : _round_up(width)]  # (Q, width), and some columns that fill the last chunk
         torch.mm(q, g.T, out=score[:, :width])  # the product: all the rest is to cost little beside it
@@ -465,8 +465,8 @@ def _vectors(rows: Tensor, metric: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     if dtype == torch.float32 and not ((length > 1e-15) & (length < 1e15)).all():  # zeros, or too far from 1 to square
         x, weight, size, half = _vectors(rows, metric, torch.float64)
         return (x * weight[:, None]).float(), size.float(), size.float(), half.float()
-    odd = length < 1e-100
-    if odd.any():  # zeros, which stay zeros, or rows so small that their squares or weights leave the range of float64
+    odd = (length < 1e-100) | (length > 1e100)
+    if odd.any():  # zeros, which stay zeros, or rows whose squares or weights leave the range of float64
         largest = x[odd].abs().amax(1, keepdim=True)
         x = x.index_put((odd,), x[odd] / torch.where(largest > 0, largest, 1))
         length = torch.linalg.vector_norm(x, dim=1)
@@ -558,9 +558,15 @@ def _power_of_two(values: Tensor) -> float:
     return 2.0 ** math.ceil(math.log2(largest)) if 0 < largest < math.inf else largest
 
 
+def _magnitude(rows: Tensor, metric: str) -> Tensor:
+    """How large the similarities of each row may become in float64, (n,); NaN or infinite as the row is."""
+    _, _, size, half = _vectors(rows, metric, torch.float64)
+    return size + half
+
+
 def _refuse_not_finite(name: str, table, sample: Tensor) -> None:
-    """If the sample is not finite, raise a ValueError that names the embeddings to blame."""
-    if torch.isfinite(sample).all():
+    """If the sample, similarities or magnitudes, is not finite or nearly so, name the embeddings to blame."""
+    if (sample.abs() < 1e300).all():
         return
     bad = []
     for first in range(0, len(table), 4096):
