@@ -24,9 +24,10 @@ from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
 from models import build_model
-from utils.checkpoint import check_fit, check_same_run, load_checkpoint, load_json, save_json
+from utils.checkpoint import check_fit, check_same_run, load_checkpoint
 from utils.environment import find_device
 from utils.features import Features, load_features, path_cameras, save_features
+from utils.files import load_json, save_json
 from utils.ranking import rank_metrics
 
 BATCH_SIZE = 128  # images embedded at a time

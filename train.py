@@ -28,8 +28,9 @@ from data.sampler import PKSampler, RandomSampler
 from evaluate import METRICS, embed_split, metrics_table, score
 from losses import LOSSES, build_loss, describe_arguments, row_name, with_default_weights
 from models import ARCHS, build_model
-from utils.checkpoint import check_writable, load_json, locked, resume_run, save_checkpoint, save_json, save_log
+from utils.checkpoint import check_writable, locked, resume_run, save_checkpoint, save_log
 from utils.environment import digest_of_names, environment, find_device
+from utils.files import load_json, save_json
 from utils.recipes import RECIPES, recipe_defaults, resolve_loss_args, show_flags
 from utils.seed import seed_everything, set_determinism
 

@@ -35,7 +35,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
 
-from utils.checkpoint import load_checkpoint, load_json, save_json  # noqa: E402
+from utils.checkpoint import load_checkpoint  # noqa: E402
+from utils.files import load_json, save_json  # noqa: E402
 
 PHASES = ("decoding", "step", "checkpoint", "scoring")  # drawn in turn; the last kills are those of the end
 TIMES = ("seconds", "images_per_second")

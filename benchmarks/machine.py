@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from utils.files import write_text
+
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 
 
@@ -32,5 +34,5 @@ def write_result(name: str, payload: dict, machine: str | None = None, folder: P
     path = folder / f"{name}_{machine}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": name, "machine": machine, "torch": torch.__version__, **payload}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path

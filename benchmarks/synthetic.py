@@ -40,7 +40,7 @@ from data.synthetic import VERSION, generate  # noqa: E402
 from evaluate import embed_split, load_run  # noqa: E402
 from losses import LOSSES  # noqa: E402
 from models import build_model  # noqa: E402
-from utils.checkpoint import load_json, save_json  # noqa: E402
+from utils.files import load_json, save_json  # noqa: E402
 from utils.ranking import rank_metrics  # noqa: E402
 from utils.seed import seed_everything  # noqa: E402
 

@@ -56,7 +56,7 @@ def checkout(tmp_path):
     """A folder with the script and what it calls, and no results; `python` is the stand-in."""
     folder = tmp_path / "check out"
     (folder / "utils").mkdir(parents=True)
-    for name in ("experiments.sh", "utils/results.py", "utils/recipes.py"):
+    for name in ("experiments.sh", "utils/results.py", "utils/recipes.py", "utils/files.py"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)

@@ -30,21 +30,14 @@ from torch import nn
 import evaluate
 import models
 import train
-import utils.checkpoint
 from benchmarks.kill import differences, finished_epochs, kill_at
+from benchmarks.machine import write_result
 from data.images import BadImage, decode
 from models.backbone import GlobalAveragePool, build_model
-from utils.checkpoint import (
-    check_fit,
-    load_checkpoint,
-    load_json,
-    load_log,
-    locked,
-    save_checkpoint,
-    save_json,
-    save_log,
-)
+from utils.checkpoint import check_fit, load_checkpoint, load_log, locked, save_checkpoint, save_log
 from utils.features import Features, load_features, save_features
+from utils.files import load_json, save_json, write_atomically
+from utils.results import BEGIN, END, update
 
 pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # the tiny set has other counts, and says so
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,7 +216,7 @@ def test_sigkill_while_a_file_is_written(tmp_path, monkeypatch, moment):
             os.replace = die
         if moment == "after renaming":
             os.replace = lambda *names: (rename(*names), die())
-        utils.checkpoint.write_atomically(path, write)
+        write_atomically(path, write)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert path.read_bytes() == (b"new" if moment == "after renaming" else b"old") * 1000
@@ -293,15 +286,19 @@ def test_a_signal_before_the_first_step_and_in_the_last_scoring(whole, tmp_path,
 
 
 @pytest.mark.parametrize("fails", ["open", "write", "fsync", "replace"])
-@pytest.mark.parametrize("kind", ["checkpoint", "json", "log"])
+@pytest.mark.parametrize("kind", ["checkpoint", "json", "log", "README", "benchmark"])
 def test_a_failed_write_keeps_the_file_before(tmp_path, monkeypatch, fails, kind):
     """No space left on the device, at each step of writing: one sentence with the path, no half file."""
     save, old, new = {
         "checkpoint": (save_checkpoint, {"a": torch.zeros(3)}, {"a": torch.ones(100_000)}),
         "json": (save_json, {"a": 0}, {"a": "1" * 100_000}),
         "log": (save_log, [{"epoch": 1}], [{"epoch": 1}, {"epoch": 2, "a": "1" * 100_000}]),
+        "README": (update, "old", "new" * 100_000),
+        "benchmark": (lambda path, rows: write_result("speed", rows, "x", path.parent), {"a": 0}, {"a": [1] * 100_000}),
     }[kind]
-    path = tmp_path / "file"
+    path = tmp_path / ("speed_x.json" if kind == "benchmark" else "file")
+    if kind == "README":
+        path.write_text(f"# Title\n{BEGIN}\n{END}\n")
     save(path, old)
     before = contents(tmp_path)
 

@@ -36,9 +36,10 @@ from data.sampler import PKSampler, RandomSampler
 from losses import LOSSES, TWELVE, build_loss, parse_expression, row_name, with_default_weights
 from models import ARCHS
 from models.backbone import read_state_dict
-from utils.checkpoint import load_checkpoint, load_json, load_log
+from utils.checkpoint import load_checkpoint, load_log
 from utils.environment import find_device
 from utils.features import Features, load_features, save_features
+from utils.files import load_json
 from utils.ranking import metrics_from_distance, rank_metrics
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 200))
@@ -353,6 +354,77 @@ def test_odd_features(data, Q, G, D, metric):
         unit = [np.where(np.abs(table) < 1e-6, 0, table) for table in unit]
         if metric == "cosine" and all(set(np.abs(table).flat) <= {0, 1} for table in unit):
             assert_metrics(found, slow_metrics(exact_similarity(*unit, metric), *ids))  # else rounding decides
+
+
+@fuzz
+@given(
+    huge=st.integers(2**63, 2**64 + 2), which=st.integers(0, 3), form=st.sampled_from([list, np.array, torch.tensor])
+)
+def test_ids_beyond_63_bits(huge, which, form):
+    """As an unsigned number 2**64 - 1 has the bits of -1, which is junk: refused, not taken for it."""
+    ids = [[1, 2], [1, 1], [1, 2], [2, 2]]
+    ids[which] = [1, huge]
+    if form is np.array:
+        ids[which] = np.array(ids[which], dtype=np.uint64 if huge < 2**64 else object)
+    elif form is torch.tensor and huge < 2**64:
+        ids[which] = torch.tensor(ids[which], dtype=torch.uint64)
+    assert which == outcome_of_ids(ids)
+
+
+def outcome_of_ids(ids):
+    """Position of the column that is refused, by both functions alike."""
+    refused = {outcome(metrics_from_distance, np.eye(2), *ids)[1]}
+    refused.add(outcome(rank_metrics, np.eye(2), *ids[:2], np.eye(2), *ids[2:])[1])
+    (sentence,) = refused
+    return ["query_pids", "query_camids", "gallery_pids", "gallery_camids"].index(sentence.split()[0])
+
+
+@fuzz
+@given(data=st.data(), Q=st.integers(0, 4), G=st.integers(0, 6))
+def test_any_matrix_of_distances(data, Q, G):
+    values = [0, 1, 2, 0.5, -3, 1e30, -1e300, 1e-300] + data.draw(st.sampled_from([[], [math.nan], [math.inf]]))
+    cells = data.draw(st.lists(st.sampled_from(values), min_size=Q * G, max_size=Q * G))
+    distance = np.array(cells, dtype=float).reshape(Q, G)
+    if data.draw(st.booleans()) and not (np.abs(distance) > 1e38).any():
+        distance = torch.tensor(distance, dtype=torch.float32)
+    ids = [draw_ids(data, length, wild=True) for length in (Q, Q, G, G)]
+    columns = [as_ids(data, column) for column in ids]
+    found, sentence = outcome(metrics_from_distance, distance, *columns)
+    finite = bool(np.isfinite(np.asarray(distance)).all())
+    expected = slow_metrics([[-value for value in row] for row in distance.tolist()], *ids) if finite else None
+    if sentence is None and finite:
+        assert_metrics(found, expected)
+    else:
+        assert sentence and (not finite or not Q or not G or "No query has a true match" in sentence)
+
+
+@fuzz
+@given(data=st.data())
+def test_features_that_do_not_fit(data):
+    """Every way to be wrong in shape or type, one at a time, is a sentence; and so is a file that holds it."""
+    good = [np.ones((2, 3), np.float32), np.array([1, 2]), np.array([1, 1]), np.ones((4, 3), np.float32)]
+    good += [np.array([1, 2, 1, 2]), np.array([2, 2, 1, 1])]
+    which = data.draw(st.integers(0, 5))
+    wrong = data.draw(hnp.arrays(
+        st.one_of(hnp.integer_dtypes(), hnp.floating_dtypes(), hnp.boolean_dtypes(), hnp.complex_number_dtypes(),
+                  hnp.unicode_string_dtypes(), hnp.byte_string_dtypes(), hnp.datetime64_dtypes()),
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))  # fmt: skip
+    arrays = [*good[:which], wrong, *good[which + 1 :]]
+    fits = wrong.shape == good[which].shape and wrong.dtype.kind in ("f" if which in (0, 3) else "iu")
+    scored, sentence = outcome(rank_metrics, *arrays) if wrong.ndim or which not in (0, 3) else (None, "no table")
+    finite = wrong.dtype.kind not in "fc" or bool(np.isfinite(wrong).all())
+    if not fits and not (wrong.shape == good[which].shape and wrong.dtype.kind in "biu"):
+        assert sentence, (which, wrong)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, data.draw(st.sampled_from(["features.npz", "features"])))
+        saved, refused = outcome(save_features, path, Features(arrays[0], *arrays[1:3], arrays[3], *arrays[4:]))
+        assert (refused is None) == fits
+        if saved:
+            loaded = load_features(path)
+            score, again = outcome(evaluate.score, loaded)
+            assert (score, again) == (scored, sentence) or not finite or wrong.dtype.itemsize > 8
+        else:
+            assert list(Path(folder).iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------------- bytes of files

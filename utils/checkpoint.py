@@ -1,61 +1,21 @@
-"""Files that are whole or absent: checkpoints, logs, JSON, and the lock of a run folder."""
+"""A run folder: its checkpoint and log, what must fit before a run goes on, and its lock."""
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it.
-
-    Whatever happens, `path` is the old file or the new one, whole; a failed write leaves no half file behind (only a
-    killed one does, under the temporary name, until the folder is `locked` again). OSError says what was not written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):  # a full disk's own message names no file
-            reason = error.strerror or error
-            raise OSError(f"{path} could not be written ({reason}); what was there before is kept") from error
-        raise
-
-
-def save_json(path: Path, content: dict) -> None:
-    """Writes readable JSON atomically; NaN and infinity are errors, since JSON has neither."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def load_json(path: Path, keys: Iterable[str] = ()) -> dict:
-    """ValueError in one sentence if it is no JSON object or lacks one of the keys."""
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    missing = sorted(key for key in keys if key not in content)
-    if missing:
-        raise ValueError(f"{path} was not written by this version of train.py: it lacks {', '.join(missing)}")
-    return content
+from utils.files import write_atomically, write_text
 
 
 def save_log(path: Path, log: list[dict]) -> None:
     """Writes a line of JSON per epoch, atomically: no kill leaves half a line."""
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in log)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def load_log(path: Path, num_epochs: int) -> list[dict]:

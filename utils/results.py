@@ -15,15 +15,16 @@ mAP by a paired t-test over their common seeds, the p values corrected for the n
 
 import argparse
 import csv
+import io
 import json
 import math
-import os
 import re
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.files import write_atomically, write_text
 from utils.recipes import command_line
 
 # Rank-1 and mAP in percent of the published comparison: one run per cell. Also the order of the rows.
@@ -107,9 +108,7 @@ def collect(run_dir: Path, folder: Path) -> Path:
     path = folder / "runs" / f"{run_dir.resolve().name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in run.items()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(temporary, path)  # whole or absent: experiments.sh takes the file for a finished run
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")  # whole: experiments.sh takes it for a finished run
     return path
 
 
@@ -346,7 +345,7 @@ def markdown_not_run(datasets: Sequence[str]) -> str:
         header += [f"{name} rank-1", f"{name} mAP", f"{name} published rank-1", f"{name} published mAP"]
         for line in lines:
             line += [NOT_RUN, NOT_RUN, *(f"{value:.1f}" for value in PUBLISHED[line[0]][dataset])]
-    caption = f"To run them: `DATASETS=\"{' '.join(datasets)}\" bash experiments.sh`."
+    caption = f'To run them: `DATASETS="{" ".join(datasets)}" bash experiments.sh`.'
     return f"**{' and '.join(NAMES[d] for d in datasets)}**\n\n{markdown_table(header, lines)}\n\n{caption}\n"
 
 
@@ -373,18 +372,19 @@ def write_csv(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None
 
     header = ["dataset", "setting", "loss", "n", "seeds", "rank1", "rank1_half_interval", "mAP", "mAP_half_interval"]
     header += ["training_seconds", "best", "p_against_best_holm", "comparisons", "published_rank1", "published_mAP"]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*header, "command"])
-        for setting, rows in groups.items():
-            for entry in summarise(rows):
-                run = entry["runs"][0]
-                dataset = run["args"]["dataset"]
-                line = [dataset, setting, entry["row"], len(entry["seeds"]), " ".join(map(str, entry["seeds"]))]
-                line += [cell(value, 100) for value in (*entry["rank1"], *entry["mAP"])]
-                line += [cell(entry["seconds"]), int(entry["best"]), cell(entry["p"]), entry["comparisons"]]
-                line += [cell(v) for v in PUBLISHED.get(entry["row"], {}).get(dataset, (None, None))]
-                writer.writerow([*line, command(run)])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([*header, "command"])
+    for setting, rows in groups.items():
+        for entry in summarise(rows):
+            run = entry["runs"][0]
+            dataset = run["args"]["dataset"]
+            line = [dataset, setting, entry["row"], len(entry["seeds"]), " ".join(map(str, entry["seeds"]))]
+            line += [cell(value, 100) for value in (*entry["rank1"], *entry["mAP"])]
+            line += [cell(entry["seconds"]), int(entry["best"]), cell(entry["p"]), entry["comparisons"]]
+            line += [cell(v) for v in PUBLISHED.get(entry["row"], {}).get(dataset, (None, None))]
+            writer.writerow([*line, command(run)])
+    write_text(path, text.getvalue())
 
 
 def update(readme: Path, text: str) -> None:
@@ -393,7 +393,7 @@ def update(readme: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} has no {BEGIN} followed by {END}: put these two lines where the table belongs")
-    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    write_text(readme, f"{before}{BEGIN}\n{text}{END}{after}")
 
 
 # -------------------------------------------------------------------------------------------------------------- figure
@@ -413,7 +413,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(len(groups), 3, figsize=(15, 5 * len(groups)), squeeze=False, layout="constrained")
     for (setting, rows), (scores, losses, curves) in zip(groups.items(), axes, strict=True):
-        summary = summarise(rows)
+        summary, shown = summarise(rows), set()  # seeds whose mAP is drawn over the epochs
         colours = dict(zip(dict.fromkeys([*PUBLISHED, *rows]), matplotlib.colormaps["tab20"].colors * 2, strict=False))
         for place, entry in enumerate(summary):
             row, (mean, half) = entry["row"], entry["mAP"]
@@ -422,6 +422,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
                 lines = {}  # epoch -> values of the seeds
                 scored = [run for run in entry["runs"] if any("mAP" in line for line in run["log"])]
                 drawn = scored if key == "mAP" and scored else entry["runs"]
+                shown |= {run["args"]["seed"] for run in drawn} if key == "mAP" else set()
                 for run in drawn:
                     last = [{"epoch": run["args"]["epochs"], "mAP": run["mAP"]}] if key == "mAP" else []
                     for line in [*run["log"], *last]:
@@ -439,7 +440,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
         scores.invert_yaxis()
         scores.set_xlabel("mAP, % (bar: 95 % interval over n seeds)")
         losses.set_ylabel("training loss / that of the first epoch")
-        curves.set_ylabel("mAP, %")
+        curves.set_ylabel(f"mAP, % (mean over seeds {', '.join(map(str, sorted(shown)))})")
         for axis in (losses, curves):
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -447,7 +448,8 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
             axis.grid(alpha=0.3)
         curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         scores.set_title(setting, fontsize="medium", loc="left")
-    figure.savefig(path, dpi=120)
+    kind = path.suffix[1:] or "png"
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=kind))
     pyplot.close(figure)
 
 
@@ -506,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.figure:
         draw(groups, args.figure)
     if args.markdown:
-        args.markdown.write_text(markdown(groups))
+        write_text(args.markdown, markdown(groups))
     if args.update:
         update(args.update, markdown(groups))
     if not (args.csv or args.figure or args.markdown or args.update):
