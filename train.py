@@ -72,16 +72,17 @@ RUN_KEYS = {*DEFAULTS, "loss", "dataset", "loss_args", "explicit", "environment"
 LOG_EVERY = 20  # steps between two looks at the loss; between them nothing waits for the device
 
 
-def number(kind: type, zero: bool = False):
-    """An argparse type: a finite int (that fits 63 bits) or float above zero (or zero, if allowed)."""
+def number(kind: type, zero: bool = False, most: float = math.inf):
+    """An argparse type: a finite int (that fits 63 bits) or float above zero (or zero, if allowed), at most `most`."""
 
     def convert(text: str):
         value = kind(text)
-        if not 0 <= value < (2**63 if kind is int else math.inf) or (value == 0 and not zero):
+        if not 0 <= value < (2**63 if kind is int else math.inf) or (value == 0 and not zero) or value > most:
             raise ValueError
         return value
 
     convert.__name__ = f"{'whole ' if kind is int else ''}number {'of 0 or more' if zero else 'above 0'}"
+    convert.__name__ += f" and at most {most:,}" if most < math.inf else ""
     return convert
 
 
@@ -98,32 +99,36 @@ def build_parser() -> argparse.ArgumentParser:
     # data
     add("--dataset", choices=DATASETS, help="data set to train and test on (synthetic: generated on first use)")
     add("--data-dir", help="folder that holds the data sets' folders, or one data set's own folder (default: datasets)")
-    add("--synthetic-ids", type=number(int), help="generated people in training, and as many in test (default: 150)")
+    add("--synthetic-ids", type=number(int, most=10**5), help="people in training, and in test (default: 150)")
     add("--skip-bad-images", action="store_true", help="go on without training images that can't be decoded")
     # model
     add("--arch", choices=ARCHS, help="backbone (default: resnet50)")
     add("--weights", help="imagenet, none, or the file of a torchvision state dict (default: imagenet)")
-    add("--height", type=number(int), help="image height in pixels (default: 256)")
-    add("--width", type=number(int), help="image width in pixels (default: 128)")
+    add("--height", type=number(int, most=4096), help="image height in pixels (default: 256)")
+    add("--width", type=number(int, most=4096), help="image width in pixels (default: 128)")
     # recipe
     add("--recipe", choices=RECIPES, help="default values, also of loss arguments (default: controlled)")
     add("--show-recipe", action="store_true", help="print the resulting flags and stop")
     add("--epochs", type=number(int, zero=True), help="passes over the training images (default: the recipe's, 60)")
     add("--lr", type=number(float), help="Adam's learning rate (default: the recipe's)")
     add("--weight-decay", type=number(float, zero=True), help="Adam's L2 penalty (default: the recipe's, 5e-4)")
-    add("--milestones", type=number(int, zero=True), nargs="*", help="epochs after which lr falls to 1/10")
+    add("--milestones", type=number(int, zero=True), nargs="*",
+        help="epochs after which lr falls to 1/10 (default: the recipe's; controlled: 1/3 and 2/3 of --epochs)")
     add("--sampler", choices=("random", "pk"), help="random images, or P identities x K images (default: the recipe's)")
     add("--batch-size", type=number(int), help="images per batch of the random sampler (default: p * k)")
     add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")
     add("--k", type=number(int), help="images per identity of the pk sampler (default: 4)")
-    add("--random-crop", action=argparse.BooleanOptionalAction, help="half of the images: 1.125x larger, cropped back")
+    add("--random-crop", action=argparse.BooleanOptionalAction,
+        help="half of the images: 1.125x larger, cropped back (default: the recipe's; controlled: no)")
     # speed and device
     add("--amp", action="store_true", help="bfloat16 autocast for the backbone; losses stay in float32")
-    add("--compile", action="store_true", help="torch.compile the backbone: about a minute of warm-up, pays on a GPU")
+    add("--compile", action="store_true", help="torch.compile the backbone: about a minute of warm-up")
     add("--deterministic", action="store_true", help="the same bits on every run of one GPU, at some cost in speed")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--workers", type=number(int, zero=True), help="threads that decode images (default: all cores)")
-    add("--cache", choices=("auto", "off"), help="auto: keep the decoded training images in memory if they fit")
+    add("--cache", choices=("auto", "off"),
+        help="auto (default): keep the decoded training images in memory if they take at most half of it; off: decode "
+             "them in every epoch")
     # run
     add("--seed", type=number(int, zero=True), help="seed of weights, batches and augmentation (default: 0)")
     add("--eval-on", choices=("test", "val"), help="val: a third of the training identities is held out and scored")
@@ -163,6 +168,11 @@ def resolve_flags(explicit: dict) -> dict:
 def learning_rate_factor(epoch: int, milestones: list[int]) -> float:
     """0.1 for every milestone that lies behind; a milestone is a number of finished epochs."""
     return 0.1 ** sum(epoch >= milestone for milestone in milestones)
+
+
+def interrupt(number: int, _) -> None:
+    """Handler of SIGINT and SIGTERM outside the epochs, where nothing has to be finished first."""
+    raise KeyboardInterrupt(number)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -217,6 +227,10 @@ def main(argv: list[str] | None = None) -> None:
     names = digest_of_names(record.path for record in records)
     if saved and saved["environment"].get("images") != names:
         raise ValueError(f"{run_dir} began with other training images than those in {args['data_dir']}: put them back")
+    here = environment(device, names)
+    if saved and (before := {key: value for key, value in saved["environment"].items() if value != here.get(key)}):
+        began, now = (", ".join(f"{key} {place.get(key)}" for key in before) for place in (before, here))
+        print(f"{run_dir} began with {began} and goes on with {now}: not bit for bit as without a break")
     all_labels = torch.tensor([record.label for record in records])
     if args["sampler"] == "pk":
         sampler = PKSampler(all_labels.tolist(), args["p"], args["k"], args["seed"])
@@ -243,8 +257,9 @@ def main(argv: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------- train
     with locked(run_dir, new=not saved):
         if not saved:
-            args |= {"explicit": explicit, "environment": environment(device, names), "num_classes": num_classes}
-            args["val_pids"] = sorted({record.pid for record in split.query}) if args["eval_on"] == "val" else []
+            args |= {"explicit": explicit, "environment": here, "num_classes": num_classes}
+            held_out = [*split.query, *split.gallery] if args["eval_on"] == "val" else []
+            args["val_pids"] = sorted({record.pid for record in held_out})
             save_json(run_dir / "args.json", args)
         first_epoch, log = resume_run(run_dir, args, {*args} - {*HARMLESS, "explicit"}, model, loss_fn, optimizer)
         print(f"{args['dataset']}: {len(records):,} training images of {num_classes:,} identities (kept in "
@@ -303,7 +318,8 @@ def main(argv: list[str] | None = None) -> None:
                         if bad_step < math.inf:
                             raise FloatingPointError(
                                 f"the loss or its gradient is not finite at epoch {epoch + 1}, step {int(bad_step) + 1}"
-                                f": try a smaller --lr or --loss-lr; {run_dir} keeps the state after epoch {epoch}"
+                                f": try a smaller --lr or --loss-lr; "
+                                + (f"{run_dir} keeps the state after epoch {epoch}" if epoch else "nothing was saved")
                             )
                         bar.set_postfix(loss=f"{total / (step + 1):.4f}", refresh=False)
                     bar.update(len(images))
@@ -328,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args["epochs"]:
             save(0)
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
+            signal.signal(each, interrupt)
         metrics = evaluate()
         save_json(run_dir / "result.json", {**metrics, "row": row, "args": args, "log": log})
         print(metrics_table(metrics, f"{args['dataset']} {row}"))
@@ -337,12 +353,17 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of memory on the device: fewer images per batch (--p, --k, --batch-size), or --amp")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped between epochs: the same command with --resume goes on from here")
+    except KeyboardInterrupt as error:
+        print("train.py: stopped: the same command with --resume goes on from here", file=sys.stderr)
+        sys.exit(128 + (error.args or [signal.SIGINT])[0])
+    except torch._dynamo.exc.TorchDynamoException as error:  # imported only now
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(f"train.py: --compile does not work here ({reason}): start another run without it")

@@ -285,7 +285,7 @@ def chain(kills: int, seed: int, loss: str, folder: Path) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="at least 2 (default: 20)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="draws the moments (default: 0)")
     parser.add_argument("--loss", default="softmax+center", help="default: softmax+center, which has buffers, too")
     args = parser.parse_args(argv)
     if not 2 <= args.kills <= 24:

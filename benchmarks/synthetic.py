@@ -237,9 +237,10 @@ def checks(found: dict) -> list[tuple[str, str, str, bool]]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets", help="where the images are generated")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/benchmarks/synthetic.json")
+    default = ROOT / "results/benchmarks/synthetic.json"
+    parser.add_argument("--output", type=Path, default=default, help="default: results/benchmarks/synthetic.json")
     args = parser.parse_args()
     args.data_dir = args.data_dir.resolve()
     report = load_json(args.output, ("version", "found")) if args.output.is_file() else {}

@@ -271,13 +271,13 @@ def test_a_signal_before_the_first_step_and_in_the_last_scoring(whole, tmp_path,
         patch.setattr(train.TrainingImages, "_fill", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         code, error = script("train.py", *flags, "--run-dir", run_dir)
     assert decode is train.TrainingImages._fill
-    assert code == 1 and error.splitlines()[-1].startswith("train.py: stopped") and not run_dir.exists()
+    assert code == 143 and error.splitlines()[-1].startswith("train.py: stopped") and not run_dir.exists()
 
     run_killed_after(3, monkeypatch, *flags, "--run-dir", run_dir)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "embed", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         code, error = script("train.py", "--resume", "--run-dir", run_dir)
-    assert code == 1 and "--resume goes on" in error.splitlines()[-1] and not (run_dir / "result.json").exists()
+    assert code == 143 and "--resume goes on" in error.splitlines()[-1] and not (run_dir / "result.json").exists()
     run("--resume", "--run-dir", run_dir)
     assert differences(folder, run_dir) == []
 

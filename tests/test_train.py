@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tiny_market
 
 import evaluate
 import train
+from data.holdout import holdout
+from data.market1501 import market1501
 from losses import LOSSES, TWELVE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # the tiny set has other counts, and says so
@@ -114,6 +118,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch, lo
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "run")
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "run")]
     assert [results[0][key] for key in METRICS] == [results[1][key] for key in METRICS]
+
+
+def test_a_resume_elsewhere_says_so(flags, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
+        run("--loss", "triplet", "--epochs", 1, *flags)
+    run("--resume", "--run-dir", tmp_path / "run", "--epochs", 1)
+    assert "bit for bit" not in capsys.readouterr().out
+    (tmp_path / "run" / "result.json").unlink()
+    torch.set_num_threads(2)
+    try:
+        run("--resume", "--run-dir", tmp_path / "run")
+    finally:
+        torch.set_num_threads(1)
+    assert "began with threads 1 and goes on with threads 2: not bit for bit" in capsys.readouterr().out
 
 
 def test_the_weights_file_is_read_before_any_image_and_not_again(flags, tmp_path, monkeypatch):
@@ -219,6 +238,18 @@ def test_held_out_identities(flags, tmp_path):
     evaluate.main(["--run", str(tmp_path / "run")])
 
 
+def test_held_out_identities_that_are_no_query_are_listed(flags, tmp_path):
+    """Nine training identities, three of them held out, one of these seen by one camera: in the gallery only."""
+    root = write_tiny_market(tmp_path / "nine", num_ids=9)
+    held_out = sorted({record.pid for record in holdout(market1501(root).train, 0).query})
+    for path in root.glob(f"bounding_box_train/{held_out[0]:04}_c[23]*"):
+        path.unlink()
+    run("--loss", "softmax", "--eval-on", "val", "--epochs", 0, *flags, "--data-dir", root)
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["val_pids"] == held_out and len(held_out) == 3 and args["num_classes"] == 6
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["num_queries"] == 6
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [
@@ -229,6 +260,8 @@ def test_held_out_identities(flags, tmp_path):
         (["--loss", "softmax", "--lr", "-1"], "--lr"),
         (["--loss", "softmax", "--lr", "nan"], "--lr"),
         (["--loss", "softmax", "--epochs", "1.5"], "--epochs"),
+        (["--loss", "softmax", "--height", "9000000000000000000"], "--height: invalid whole number above 0"),
+        (["--loss", "softmax", "--synthetic-ids", "1000000"], "--synthetic-ids"),
         (["--loss", "softmax", "--arch", "vgg"], "resnet50"),
         (["--loss", "softmax", "--dataset", "marked"], "duke"),
         (["--loss", "softmax", "--p", "1", "--k", "1"], "at least 2 images"),
@@ -244,8 +277,8 @@ def test_wrong_flags_are_answered_with_one_sentence(flags, tmp_path, capsys, bad
     assert not (tmp_path / "run").exists()
 
 
-def script(*flags, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def script(*flags, variables=(), **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(variables)}
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=environment, **options)  # fmt: skip
 
@@ -255,6 +288,13 @@ def test_missing_data_set_is_one_sentence(tmp_path):
     out, error = process.communicate(timeout=120)
     assert process.returncode == 1 and len(error.splitlines()) == 1 and "bounding_box_train" in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_compile_without_a_compiler_is_one_sentence(flags, tmp_path):
+    process = script("--loss", "softmax", "--epochs", 1, "--compile", *flags, variables={"CXX": "/no/compiler"})
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in error
+    assert re.search(r"^train.py: --compile does not work here \(.*ompiler.*\): .* without it$", error, flags=re.M)
 
 
 def test_sigterm_ends_after_the_step_and_says_how_to_go_on(flags, tmp_path):
