@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from utils.environment import current_commit
 from utils.files import write_text
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
@@ -29,10 +30,10 @@ def sanitised(name: str) -> str:
 
 
 def write_result(name: str, payload: dict, machine: str | None = None, folder: Path = RESULTS) -> Path:
-    """Write payload, with the machine's name and torch's version, as folder/NAME_MACHINE.json; returns the path."""
+    """Write payload, with the machine's name, torch's version and the commit, as folder/NAME_MACHINE.json."""
     machine = sanitised(machine) if machine else machine_name()
     path = folder / f"{name}_{machine}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": name, "machine": machine, "torch": torch.__version__, **payload}
+    content = {"benchmark": name, "machine": machine, "torch": torch.__version__, "commit": current_commit(), **payload}
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import evaluator, machine, precision
+from utils.environment import current_commit
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,7 @@ def test_table():
 def test_result_file(tmp_path):
     path = machine.write_result("evaluator", {"cpu": []}, "Some (R) CPU @ 2.00GHz, 4/x", tmp_path)
     assert path.name == "evaluator_some-4-x.json"
-    assert json.loads(path.read_text()) == {
-        "benchmark": "evaluator", "machine": "some-4-x", "torch": torch.__version__, "cpu": []
-    }  # fmt: skip
+    made_by = {"torch": torch.__version__, "commit": current_commit()}
+    assert json.loads(path.read_text()) == {"benchmark": "evaluator", "machine": "some-4-x", **made_by, "cpu": []}
     name = machine.machine_name()
     assert name.endswith("threads") and (platform.node() or "?") not in name

@@ -27,20 +27,22 @@ def digest_of_names(paths: Iterable[Path]) -> str:
     return f"{len(names)} {hashlib.sha256(b'/'.join(names)).hexdigest()[:16]}"
 
 
-def environment(device: torch.device, images: str) -> dict[str, str | int | None]:
-    """For args.json; images: the digest of their names.
-
-    `commit` ends in -changed if tracked files differ from it, and is None outside a checkout.
-    """
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+def current_commit() -> str | None:
+    """Of this checkout, ending in -changed if tracked scripts differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-        changed = commit and subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode != 0
+        difference = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.sh"], capture_output=True)
     except OSError:  # no git
-        commit, changed = None, False
+        return None
+    return f"{commit}-changed" if commit and difference.returncode else commit
+
+
+def environment(device: torch.device, images: str) -> dict[str, str | int | None]:
+    """For args.json; images: the digest of their names."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "commit": f"{commit}-changed" if changed else commit,
+        "commit": current_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": f"{device.type} ({name})",

@@ -17,7 +17,7 @@ mAP, mAP_trapezoid, mINP and rank-k are means over the queries that have a true 
 
 How it works. The similarities of the few true matches are computed first. Then the gallery passes by in blocks: a
 float32 product with the queries, and per true match the wrong images above it are counted. No matrix of all distances
-and no sort: the cost is that of the product, and memory does not grow with the gallery.
+and no sort: the cost is that of the product, and memory does not grow with the gallery, but for its ids.
 
 How exact it is. The similarities of true matches are computed in float64. A wrong image is counted by the float32
 product only if its similarity is beyond the product's error; the few closer ones are compared again in float64. So the
