@@ -1,5 +1,6 @@
 """The README can't rot: its commands parse, its files exist, it stays short."""
 
+import json
 import re
 import shlex
 import shutil
@@ -68,6 +69,64 @@ def test_every_script_and_file_exists():
         assert (ROOT / link).exists(), link
 
 
+def test_the_tests_of_the_table_of_faults_exist():
+    table = re.search(r"## What happens when things go wrong\n(.*?)\n## ", README, flags=re.S)[1]
+    rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 12
+    for row in rows:
+        cell, file = row.split("|")[3], None
+        for name in re.findall(r"test_\w+\.py|`\w+`", cell):
+            if name.startswith("`"):
+                assert re.search(rf"^def test_\w*{name[1:-1]}", (ROOT / "tests" / file).read_text(), flags=re.M), row
+            else:
+                file = name
+        assert (ROOT / "tests" / file).is_file(), row
+
+
+def row_of(first_cell, second_cell=""):
+    """The cells of the README's one table row that begins so."""
+    start = f"| {first_cell} | {second_cell}"
+    (row,) = [line for line in README.splitlines() if line.startswith(start)]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def digits(value):
+    """As the README gives it: two digits of what is below 10, else none behind the point."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def test_the_numbers_of_the_training_table():
+    names = {("resnet18", "float32"): "ResNet-18, 128x64", ("resnet50", "float32"): "ResNet-50, 256x128"}
+    files = sorted((ROOT / "results/benchmarks").glob("training_*-threads*.json"))
+    rows = [(file, row) for file in files for row in json.loads(file.read_text())["rows"]]
+    assert len(rows) == 5
+    for file, row in rows:
+        name = "the same, nine turns" if file.stem.endswith("resnet18") else names[row["arch"], "float32"]
+        cells = row_of(name, row["precision"])
+        speed = row["images_per_second"]
+        ways = ("train.py", "bare loop", "bare loop, NCHW")
+        assert cells[2:5] == [digits(speed[way]["median"]) for way in ways]
+        low, high = row["share_of_bare_loop_spread"]
+        assert cells[5] == f"{row['share_of_bare_loop']:.2f} ({low:.2f} to {high:.2f})"
+        assert cells[6] == f"{row['times_torchreid']:.2f}"
+
+
+def test_the_numbers_of_the_evaluator_table():
+    (file,) = (ROOT / "results/benchmarks").glob("evaluator_*-threads.json")
+    sizes = {"market": "Market", "msmt17": "MSMT17", "market500k": "Market+500k"}
+    found = json.loads(file.read_text())["cpu"]
+    assert [size["size"] for size in found] == list(sizes)
+    for size in found:
+        cells = row_of(f"{sizes[size['size']]}, {size['query']:,} x {size['gallery']:,}")
+        alone, ours, by_sort = (size["ways"][way] for way in ("product alone", "this evaluator", "full sort, torch"))
+        product = alone["seconds"]["median"]
+        after = ours["after_product_seconds"]["median"] / product
+        assert cells[1:] == [
+            f"{product:.3g} s", f"{ours['seconds']['median']:.3g} s", f"{ours['times_product']:.2f}", f"{after:.2f}",
+            f"{ours['extra_mib']:.0f} MiB", f"{by_sort['seconds']['median']:.3g} s, {by_sort['extra_mib']:,.0f} MiB",
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize("row", TWELVE)
 def test_the_table_of_losses_has_every_row(row):
     assert re.search(rf"^\| `{re.escape(row)}` \|", README, flags=re.M)
@@ -94,4 +153,4 @@ def test_copy_the_ranking_example_runs(tmp_path):
 
 
 def test_short():
-    assert len(README.splitlines()) < 290
+    assert len(README.splitlines()) < 300
