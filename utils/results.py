@@ -440,7 +440,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
         scores.invert_yaxis()
         scores.set_xlabel("mAP, % (bar: 95 % interval over n seeds)")
         losses.set_ylabel("training loss / that of the first epoch")
-        curves.set_ylabel(f"mAP, % (mean over seeds {', '.join(map(str, sorted(shown)))})")
+        curves.set_ylabel(f"mAP, % (seed{'s' * (len(shown) > 1)} {', '.join(map(str, sorted(shown)))})")
         for axis in (losses, curves):
             axis.set_xlabel("epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
