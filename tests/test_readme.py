@@ -153,4 +153,6 @@ def test_copy_the_ranking_example_runs(tmp_path):
 
 
 def test_short():
-    assert len(README.splitlines()) < 300
+    """Apart from the generated tables."""
+    written = re.sub(r"<!-- results -->.*?<!-- end -->", "", README, flags=re.S)
+    assert len(written.splitlines()) < 260
