@@ -28,7 +28,9 @@ from utils.checkpoint import check_fit, check_same_run, load_checkpoint
 from utils.environment import find_device
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import load_json, save_json
+from utils.flags import number
 from utils.ranking import rank_metrics
+from utils.seed import set_determinism
 
 BATCH_SIZE = 128  # images embedded at a time
 METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP", "num_queries")
@@ -115,13 +117,6 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     return model.to(device, memory_format=torch.channels_last).eval(), args
 
 
-def workers(text: str) -> int:
-    """An argparse type: 0 (the calling thread decodes) or more."""
-    if not 0 <= int(text) < 2**31:
-        raise ValueError
-    return int(text)
-
-
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what to score: one of the two
@@ -138,8 +133,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=workers, default=cores, help="decoding threads (default: all cores)")
+    count, cores = number(int, zero=True), os.cpu_count() or 1
+    parser.add_argument("--workers", type=count, default=cores, help="threads that decode (default: all cores)")
     args = parser.parse_args(argv)
     if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
         parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")
@@ -158,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         print(metrics_table(score(features, args.metric or "cosine", args.ignore_cameras), str(args.features)))
         return
     model, run = load_run(args.run, device)
+    set_determinism(run["deterministic"])  # as the run was scored
     dataset = args.dataset or run["dataset"]
     split = load_dataset(dataset, args.data_dir or run["data_dir"], run["synthetic_ids"])
     held_out = dataset == run["dataset"] and run["eval_on"] == "val"

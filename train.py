@@ -29,8 +29,9 @@ from evaluate import METRICS, embed_split, metrics_table, score
 from losses import LOSSES, build_loss, describe_arguments, row_name, with_default_weights
 from models import ARCHS, build_model
 from utils.checkpoint import check_writable, locked, resume_run, save_checkpoint, save_log
-from utils.environment import digest_of_names, environment, find_device
+from utils.environment import change_of, digest_of_names, environment, find_device
 from utils.files import load_json, save_json
+from utils.flags import number
 from utils.recipes import RECIPES, recipe_defaults, resolve_loss_args, show_flags
 from utils.seed import seed_everything, set_determinism
 
@@ -72,20 +73,6 @@ RUN_KEYS = {*DEFAULTS, "loss", "dataset", "loss_args", "explicit", "environment"
 LOG_EVERY = 20  # steps between two looks at the loss; between them nothing waits for the device
 
 
-def number(kind: type, zero: bool = False, most: float = math.inf):
-    """An argparse type: a finite int (that fits 63 bits) or float above zero (or zero, if allowed), at most `most`."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not 0 <= value < (2**63 if kind is int else math.inf) or (value == 0 and not zero) or value > most:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"{'whole ' if kind is int else ''}number {'of 0 or more' if zero else 'above 0'}"
-    convert.__name__ += f" and at most {most:,}" if most < math.inf else ""
-    return convert
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the explicit flags only: a flag not given is absent from the result."""
     epilog = "arguments of the losses and their defaults:\n  " + "\n  ".join(map(describe_arguments, LOSSES))
@@ -112,23 +99,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=number(int, zero=True), help="passes over the training images (default: the recipe's, 60)")
     add("--lr", type=number(float), help="Adam's learning rate (default: the recipe's)")
     add("--weight-decay", type=number(float, zero=True), help="Adam's L2 penalty (default: the recipe's, 5e-4)")
-    add("--milestones", type=number(int, zero=True), nargs="*",
-        help="epochs after which lr falls to 1/10 (default: the recipe's; controlled: 1/3 and 2/3 of --epochs)")
+    add("--milestones", type=number(int, zero=True), nargs="*", help="epochs after which lr / 10 (default: 1/3, 2/3)")
     add("--sampler", choices=("random", "pk"), help="random images, or P identities x K images (default: the recipe's)")
     add("--batch-size", type=number(int), help="images per batch of the random sampler (default: p * k)")
     add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")
     add("--k", type=number(int), help="images per identity of the pk sampler (default: 4)")
-    add("--random-crop", action=argparse.BooleanOptionalAction,
-        help="half of the images: 1.125x larger, cropped back (default: the recipe's; controlled: no)")
+    add("--random-crop", action=argparse.BooleanOptionalAction, help="of half the images, 1.125x (default: recipe's)")
     # speed and device
     add("--amp", action="store_true", help="bfloat16 autocast for the backbone; losses stay in float32")
     add("--compile", action="store_true", help="torch.compile the backbone: about a minute of warm-up")
     add("--deterministic", action="store_true", help="the same bits on every run of one GPU, at some cost in speed")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--workers", type=number(int, zero=True), help="threads that decode images (default: all cores)")
-    add("--cache", choices=("auto", "off"),
-        help="auto (default): keep the decoded training images in memory if they take at most half of it; off: decode "
-             "them in every epoch")
+    add("--cache", choices=("auto", "off"), help="auto: keep decoded images if they take at most half of the memory")
     # run
     add("--seed", type=number(int, zero=True), help="seed of weights, batches and augmentation (default: 0)")
     add("--eval-on", choices=("test", "val"), help="val: a third of the training identities is held out and scored")
@@ -228,9 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     if saved and saved["environment"].get("images") != names:
         raise ValueError(f"{run_dir} began with other training images than those in {args['data_dir']}: put them back")
     here = environment(device, names)
-    if saved and (before := {key: value for key, value in saved["environment"].items() if value != here.get(key)}):
-        began, now = (", ".join(f"{key} {place.get(key)}" for key in before) for place in (before, here))
-        print(f"{run_dir} began with {began} and goes on with {now}: not bit for bit as without a break")
+    if saved and (change := change_of(saved["environment"], here)):
+        print(f"{run_dir} {change}: not bit for bit as without a break")
     all_labels = torch.tensor([record.label for record in records])
     if args["sampler"] == "pk":
         sampler = PKSampler(all_labels.tolist(), args["p"], args["k"], args["seed"])
@@ -258,8 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     with locked(run_dir, new=not saved):
         if not saved:
             args |= {"explicit": explicit, "environment": here, "num_classes": num_classes}
-            held_out = [*split.query, *split.gallery] if args["eval_on"] == "val" else []
-            args["val_pids"] = sorted({record.pid for record in held_out})
+            args["val_pids"] = sorted({r.pid for r in split.query + split.gallery}) if args["eval_on"] == "val" else []
             save_json(run_dir / "args.json", args)
         first_epoch, log = resume_run(run_dir, args, {*args} - {*HARMLESS, "explicit"}, model, loss_fn, optimizer)
         print(f"{args['dataset']}: {len(records):,} training images of {num_classes:,} identities (kept in "
@@ -365,5 +346,4 @@ if __name__ == "__main__":
         print("train.py: stopped: the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(128 + (error.args or [signal.SIGINT])[0])
     except torch._dynamo.exc.TorchDynamoException as error:  # imported only now
-        reason = str(error).strip().partition("\n")[0]
-        sys.exit(f"train.py: --compile does not work here ({reason}): start another run without it")
+        sys.exit(f"train.py: --compile does not work here ({str(error).splitlines()[0]}): start another run without it")

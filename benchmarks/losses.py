@@ -89,6 +89,7 @@ def milliseconds(steps: list[Callable[[], None]], device: torch.device, repeats:
         for step, own in zip(steps, times, strict=True):
             if device.type == "cuda":
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(10**7)  # some ms, in which the step is queued: else Python's time would be measured
                 begin.record()
                 step()
                 end.record()

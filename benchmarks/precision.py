@@ -13,7 +13,7 @@ TF32, bfloat16           vectors of length 1 rounded to 11 and 8 significant bit
                          high * high + high * low + low * high
 
 On a CPU rounding is emulated, which says nothing about speed; on a GPU the products are those of the tensor cores, and
-are timed. Prints a table and writes results/benchmarks/precision_MACHINE.json.
+are timed (torch 2.8 or newer). Prints a table and writes results/benchmarks/precision_MACHINE.json.
 """
 
 import argparse

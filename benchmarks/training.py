@@ -429,6 +429,8 @@ def build_loops(job: Job, records: Sequence[Record]) -> tuple[Bare, dict[str, Ca
 def measure(job: Job) -> dict:
     """One row; see the top of this file."""
     device = torch.device(job.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # whose events are to be timed
     row, built, rest, seconds = {}, [], [], {TRAIN: []}
     bar = tqdm(total=1 + job.repeats, desc=f"{job.name}, in turns", unit="turn", leave=False, disable=None)
 
@@ -438,7 +440,7 @@ def measure(job: Job) -> dict:
 
         def compare(epoch: int, since: float) -> None:
             if not built:  # after the first epoch, which warms up what the process shares
-                row["peak_memory_mib"] = peak_memory(device)
+                row["peak_memory_mib"] = peak_memory(device)  # of a GPU: with what cuDNN needs to try its kernels
                 built.extend(build_loops(job, records))
             else:
                 rest.append(since)

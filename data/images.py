@@ -197,16 +197,17 @@ class TrainingImages:
         if self.stores is None:
             batches = ([self.paths[i] for i in step] for step in order.tolist())
             for images in decode_batches(batches, self.sizes, self.workers):
-                yield [self._to_device(size) for size in images]
+                yield [_to_device(size, self.device) for size in images]
         else:
             order = order.to(self.stores[0].device)
             for step in order:
-                yield [self._to_device(store.index_select(0, step)) for store in self.stores]
+                yield [_to_device(store.index_select(0, step), self.device) for store in self.stores]
 
-    def _to_device(self, images: Tensor) -> Tensor:
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()  # else the copy would wait for the device
-        return images.to(self.device, non_blocking=True)
+
+def _to_device(images: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and images.device.type == "cpu":
+        images = images.pin_memory()  # else the copy would wait for the device
+    return images.to(device, non_blocking=True)
 
 
 def stream_images(
@@ -215,4 +216,4 @@ def stream_images(
     """Normalised batches (B, 3, H, W) of all images in order, the last one short; keeps none of them."""
     chunks = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
     for (images,) in decode_batches(chunks, [(height, width)], workers):
-        yield normalise(images.to(device, non_blocking=True))
+        yield normalise(_to_device(images, device))

@@ -7,7 +7,8 @@ from PIL import Image
 
 torch.set_num_threads(1)
 
-QUICK = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--workers", "1"]
+QUICK = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--workers", "1",
+         "--device", "cpu"]  # fmt: skip
 
 
 def write_tiny_market(root, num_ids=6, images_per_camera=3, num_cameras=3):

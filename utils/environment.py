@@ -49,3 +49,10 @@ def environment(device: torch.device, images: str) -> dict[str, str | int | None
         "threads": torch.get_num_threads(),
         "images": images,
     }
+
+
+def change_of(before: dict, here: dict) -> str:
+    """Two environments, compared: `began with torch 2.6.0 and goes on with torch 2.9.0`; empty if they are alike."""
+    keys = [key for key in before if before[key] != here.get(key)]
+    began, now = (", ".join(f"{key} {place.get(key)}" for key in keys) for place in (before, here))
+    return f"began with {began} and goes on with {now}" if keys else ""

@@ -301,16 +301,13 @@ class _Tally:
         found = torch.bincount(row, minlength=len(score))  # these are above the far matches, too, and counted there
         self.wrong.index_add_(0, far_match, sure.long() - found[far_row])
 
-        match, far_row = far_match[far_close], far_row[far_close]
-        value = score[far_row]
-        which, far_item = ((value >= self.low[match, None]) & (value < self.high[match, None])).nonzero().unbind(1)
-        match = match[which]
-        return (
-            torch.cat([row[close], far_row[which]]),
-            torch.cat([item[close], far_item]),
-            torch.cat([low[close], match]),
-            torch.cat([high[close], match + 1]),
-        )
+        calls = [(row[close], item[close], low[close], high[close])]
+        for part in far_close.split(-(-len(score) // 4)):  # a quarter of a block at a time
+            rows, match = far_row[part], far_match[part]
+            value = score[rows]
+            which, item = ((value >= self.low[match, None]) & (value < self.high[match, None])).nonzero().unbind(1)
+            calls.append((rows[which], item, match[which], match[which] + 1))
+        return tuple(torch.cat(column) for column in zip(*calls, strict=True))
 
     def _compare(self, score: Tensor, far: Tensor, rows: Tensor):
         """Compare far matches with every image: (query, match, number of images nearer for certain, and maybe).
@@ -479,8 +476,9 @@ def _pair_scores(query: Tensor, gallery, pairs: _Pairs, metric: str) -> Tensor:
     score = torch.empty(len(pairs.query), dtype=torch.float64, device=query.device)
     if query.device.type != "cpu":  # all pairs alike; on a CPU a small product per person is faster
         for part in torch.arange(len(score), device=query.device).split(8192):
-            rows = _rows(gallery, pairs.item[part], query.device)
-            score[part] = _similarity(query, pairs.query[part], rows, part - part[0], metric, -1)
+            items, place = pairs.item[part].unique(return_inverse=True)
+            rows = _rows(gallery, items, query.device)
+            score[part] = _similarity(query, pairs.query[part], rows, place, metric, -1)
         return score
 
     tiles, done = [], 0  # a person's queries x up to 1024 of the person's images
