@@ -446,6 +446,7 @@ def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
         for axis in (scores, losses, curves):
             axis.grid(alpha=0.3)
+        curves.set_xlim(losses.get_xlim())
         curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         scores.set_title(setting, fontsize="medium", loc="left")
     kind = path.suffix[1:] or "png"
