@@ -1,8 +1,10 @@
 """utils/ranking.py beside a slow loop typed from the protocol, by hand, and where float32 alone would go wrong."""
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -512,6 +514,20 @@ def test_refused(changes, words, metric):
     with pytest.raises(ValueError, match=words) as error:
         rank_metrics(**arguments_of(**{"metric": metric, **changes}))
     assert "\n" not in str(error.value)
+
+
+def test_two_processes_give_the_numbers_of_one():
+    """Each scores half of the queries; one of them has queries without a match, too."""
+    arguments = people(np.random.default_rng(12), 90, 1500, width=32, num_people=200, noise=0.5)
+    whole = rank_metrics(*arguments)
+    halves = [[*(column[part] for column in arguments[:3]), *arguments[3:]] for part in (slice(0, 45), slice(45, 90))]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
+        parts = [process.result() for process in [processes.submit(rank_metrics, *half) for half in halves]]
+    count = [part.pop("num_queries") for part in parts]
+    assert whole.pop("num_queries") == sum(count)
+    for key, value in whole.items():
+        mean = sum(n * part[key] for n, part in zip(count, parts, strict=True)) / sum(count)
+        assert mean == pytest.approx(value, rel=0, abs=1e-15)
 
 
 @pytest.mark.parametrize("name", ["query", "gallery"])

@@ -27,6 +27,9 @@ one that the true matches and SAMPLE other pairs of each block show, and at leas
 if float64 cannot tell them apart: if they differ by less than 2 (D + 8) 2^-53, 5e-13 for D = 2,048, times the lengths
 of the vectors where these are not 1. A wrong image with the embedding of a true match, because it is the same picture,
 say, therefore counts against the system wherever the two stand in the gallery.
+
+Several processes: give each a share of the queries and the whole gallery (a memory-mapped one is read, not copied), and
+average their numbers with num_queries as weights. No query's result depends on the other queries.
 """
 
 import math
