@@ -1,6 +1,6 @@
 """What a coarser distance product would change: in which digit of which metric, for evaluators that trust it.
 
-    python benchmarks/precision.py             # Market size: half a minute
+    python benchmarks/precision.py             # Market size
     python benchmarks/precision.py --size quick
 
 Cosine similarities of generated embeddings (those of benchmarks/evaluator.py) are computed as a full matrix in several

@@ -345,7 +345,7 @@ def markdown_not_run(datasets: Sequence[str]) -> str:
         header += [f"{name} rank-1", f"{name} mAP", f"{name} published rank-1", f"{name} published mAP"]
         for line in lines:
             line += [NOT_RUN, NOT_RUN, *(f"{value:.1f}" for value in PUBLISHED[line[0]][dataset])]
-    caption = f'To run them: `DATASETS="{" ".join(datasets)}" bash experiments.sh`.'
+    caption = f"To run them: `DATASETS=\"{' '.join(datasets)}\" bash experiments.sh`."
     return f"**{' and '.join(NAMES[d] for d in datasets)}**\n\n{markdown_table(header, lines)}\n\n{caption}\n"
 
 
