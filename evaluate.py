@@ -83,15 +83,17 @@ def score(features: Features, metric: str = "cosine", ignore_cameras: bool = Fal
     query_camids, gallery_camids = features.query_camids, features.gallery_camids
     if ignore_cameras:
         query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
-    return rank_metrics(
-        features.query,
-        features.query_pids,
-        query_camids,
-        features.gallery,
-        features.gallery_pids,
-        gallery_camids,
-        metric=metric,
-    )
+    query = features.query, features.query_pids, query_camids
+    gallery = features.gallery, features.gallery_pids, gallery_camids
+    block = None  # the default
+    while True:
+        try:
+            return rank_metrics(*query, *gallery, metric=metric, gallery_block=block)
+        except torch.OutOfMemoryError:
+            if block == 64:
+                raise
+        block = max((block or 8192) // 2, 64)
+        print(f"out of memory: ranking again by blocks of {block} gallery images")
 
 
 def metrics_table(metrics: dict[str, float], title: str) -> str:

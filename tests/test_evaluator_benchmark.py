@@ -1,4 +1,4 @@
-"""benchmarks/evaluator.py, precision.py, machine.py: the ways agree, tables read, files carry no host name."""
+"""benchmarks/evaluator.py, machine.py: the ways agree, tables read, files carry no host name."""
 
 import json
 import platform
@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from benchmarks import evaluator, machine, precision
+from benchmarks import evaluator, machine
 from utils.environment import current_commit
 
 
@@ -37,22 +37,6 @@ def test_the_sort_agrees_and_disagreement_stops(arrays):
     ways["full sort, torch"]["metrics"]["mAP"] += 1e-4
     with pytest.raises(RuntimeError, match="do not agree"):
         evaluator.agreement(ways)
-
-
-def test_rounding_to_fewer_bits():
-    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert (precision.round_mantissa(values, 8) == values.bfloat16().float()).all()
-    odd = torch.tensor([1 + 2**-10, 1 + 2**-12, -1 - 3 * 2**-12, 2 - 2**-13])  # TF32: steps of 2^-10 from 1 to 2
-    assert precision.round_mantissa(odd, 11).tolist() == [1 + 2**-10, 1.0, -1 - 2**-10, 2.0]
-
-
-def test_three_coarse_products_are_nearly_float32(arrays):
-    """One product errs by its rounding, 2^-11 and 2^-8 of a term; three of them by less than a 50th of that."""
-    ways = precision.measure(arrays[1])["ways"]
-    error = {way: row["largest_error"] for way, row in ways.items()}
-    assert error["float32"] < 1e-6 < 1e-5 < error["TF32"] < 2**-10 and 1e-4 < error["bfloat16"] < 2**-7
-    assert error["3 x TF32"] < 1e-6 and error["3 x bfloat16"] < error["bfloat16"] / 50
-    assert ways["float32"]["change"] == ways["3 x TF32"]["change"] == {"rank1": 0, "mAP": 0, "mINP": 0}
 
 
 def test_table():
