@@ -1,7 +1,7 @@
 """The losses by name, and sums of them: `arcface`, `softmax+triplet`, `softmax+0.0005*center`.
 
-A new loss is one file, its import and its line in LOSSES below, and one test; a line in ROWS, too, if the results tables
-shall have a row of it. To use a loss elsewhere, copy its file: it imports torch only.
+A new loss is one file, its import and its line in LOSSES below, and one test; if the results tables shall have a row of
+it, a line in ROWS, too. To use a loss elsewhere, copy its file: it imports torch only.
 """
 
 import difflib
@@ -204,7 +204,8 @@ def _parse_loss_args(names: list[str], loss_args: Sequence[str]) -> dict[str, di
             name = names[0]
         if name not in names or key not in settable_arguments(name):
             raise ValueError(f"unknown loss argument {target.strip()!r}; {allowed}")
-        annotation = settable_arguments(name)[key].annotation
+        parameter = settable_arguments(name)[key]
+        annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
         try:
             arguments[name][key] = _convert(value.strip(), annotation)
         except ValueError as error:
