@@ -89,14 +89,14 @@ def test_circle_does_not_overflow():
 
 def test_supcon_by_hand():
     """Images at 0, 60 and 90 degrees, the first two one identity; temperature 1/2 makes 1, 0 and sqrt 3 of the
-    similarities 1/2, 0 and sqrt(3)/2. First: -ln e / (e + 1); second: -ln e / (e + e^sqrt 3); the third has no positive."""
+    similarities 1/2, 0 and sqrt(3)/2. First: -ln e / (e + 1); second: -ln e / (e + e^sqrt 3); the third has none."""
     loss = SupConLoss(temperature=0.5)(points_at(0, 60, 90), torch.tensor([0, 0, 1]))
     assert_close(loss, double((softplus(-1) + softplus(ROOT3 - 1)) / 2).squeeze())
 
 
 def test_supcon_sums_over_positives_outside_the_logarithm():
-    """One identity at 0, 0 and 90 degrees, temperature 1, no negatives. First and second: the positives have e/(e+1) and
-    1/(e+1); third: 1/2 each. Eq. 3 of the paper would take the logarithm of the mean of p, 1/2 for all."""
+    """One identity at 0, 0 and 90 degrees, temperature 1, no negatives. First and second: e/(e+1) for one positive and
+    1/(e+1) for the other; third: 1/2 each. Eq. 3 of the paper would take the logarithm of their mean, 1/2 for all."""
     first = (softplus(-1) + softplus(1)) / 2
     loss = SupConLoss(temperature=1.0)(points_at(0, 0, 90), torch.tensor([0, 0, 0]))
     assert_close(loss, double((2 * first + math.log(2)) / 3).squeeze())
