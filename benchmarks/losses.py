@@ -1,7 +1,8 @@
 """Time and memory of each loss, beside pytorch-metric-learning and as a share of a training step of ResNet-50.
 
-    python benchmarks/losses.py            # batch 32, 64, 128 x 2048; 751 and 10,000 classes; CPU, and GPU if present
+    python benchmarks/losses.py            # batch 32, 64, 128, 160 x 2048; 751 and 10,000 classes; CPU, GPU if present
     python benchmarks/losses.py --quick    # batch 64, 751 classes, fewer repeats
+    python benchmarks/losses.py --show results/benchmarks/losses_MACHINE.json    # the table of losses/README.md
 
 Forward and backward of the loss alone, float32, on random non-negative embeddings of length 30: the median of the
 repeats with its quartiles, ours and the peer's by turns in the same run. Peak memory: what the step allocates on top
@@ -9,10 +10,11 @@ of embeddings and parameters, gradients included. pytorch-metric-learning (pip i
 where it defines the same loss; tests/test_losses_peers.py checks that. The step of ResNet-50 is forward, backward and
 Adam on ready 256x128 images, batch 64, channels_last, without a loss.
 
-Prints a table and writes results/benchmarks/losses_MACHINE.json.
+Prints a table and writes results/benchmarks/losses_MACHINE.json, with the commit.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which holds a losses.py of its own
 
 from benchmarks.machine import machine_name, write_result  # noqa: E402
-from losses import TWELVE, build_loss, parse_expression  # noqa: E402
+from losses import ROWS, build_loss, parse_expression  # noqa: E402
 from models import build_model  # noqa: E402
 
 K = 4  # images per identity in a batch
@@ -39,7 +41,9 @@ def peer_loss(name: str, num_classes: int, embedding_dim: int) -> Callable[[Tens
 
     How its parameters map: triplet: BatchHardMiner, distances not normalised, mean over all triplets. npair: dot
     products not normalised, no penalty (ours: l2=0), the pairs given, as it would draw them at random. sphereface:
-    scale 1, lambda 0. arcface: the margin in degrees. histogram: n_bins. Class weights are (D, C), ours transposed.
+    scale 1, lambda 0. arcface, subcenter_arcface: the margin in degrees. histogram: n_bins. circle: gamma is our scale,
+    proxy_anchor: alpha is. circle and supcon: with the default reducer. Class weights are (D, C), ours transposed, but
+    for proxies. Its SmoothAPLoss is another one: an anchor is in its own list.
     """
     from pytorch_metric_learning import distances, losses, miners, reducers
 
@@ -64,6 +68,14 @@ def peer_loss(name: str, num_classes: int, embedding_dim: int) -> Callable[[Tens
         return losses.CosFaceLoss(margin=0.35, scale=30, **sizes)
     if name == "arcface":
         return losses.ArcFaceLoss(margin=0.5 * 180 / torch.pi, scale=64, **sizes)
+    if name == "circle":
+        return losses.CircleLoss(m=0.25, gamma=128)
+    if name == "supcon":
+        return losses.SupConLoss(temperature=0.1)
+    if name == "proxy_anchor":
+        return losses.ProxyAnchorLoss(margin=0.1, alpha=32, **sizes)
+    if name == "subcenter_arcface":
+        return losses.SubCenterArcFaceLoss(margin=0.5 * 180 / torch.pi, scale=64, sub_centers=3, **sizes)
     return None
 
 
@@ -150,7 +162,7 @@ def time_losses(device: torch.device, args: argparse.Namespace, with_peer: bool)
             embeddings = torch.rand(batch_size, args.embedding_dim, generator=generator)
             embeddings = (30 * F.normalize(embeddings)).to(device).requires_grad_()
             labels = (torch.arange(batch_size) // K).to(device)
-            for expression in (*TWELVE, "center"):
+            for expression in (*ROWS, "center"):
                 names = [name for name, _ in parse_expression(expression)]
                 loss_fn = build_loss(expression, num_classes, args.embedding_dim).to(device)
                 has_classes = bool(loss_fn.state_dict())
@@ -216,11 +228,25 @@ def table(rows: list[dict], network: dict[str, dict[str, dict[str, float]]], net
     return tabulate(lines, headers, disable_numparse=True)
 
 
+def readme_table(result: dict) -> str:
+    """What losses/README.md shows of a recorded file: batches of 64 and 160, 751 classes, on the CPU."""
+    head = "| loss | batch | ms | pytorch-metric-learning, ms | MiB | pytorch-metric-learning, MiB |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        if row["device"] != "cpu" or row["num_classes"] not in (None, 751) or row["batch_size"] not in (64, 160):
+            continue
+        ours, peer = row["milliseconds"]["median"], row.get("peer_milliseconds")
+        cells = [f"`{row['loss']}`", row["batch_size"], f"{ours:.2g}", f"{peer['median']:.2g}" if peer else "",
+                 f"{row['peak_mib']:.1f}", f"{row['peer_peak_mib']:.1f}" if peer else ""]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="batch 64, 751 classes, few repeats, where no other flag says otherwise")
-    add("--batch-sizes", type=int, nargs="+", help="default: 32 64 128")
+    add("--batch-sizes", type=int, nargs="+", help="default: 32 64 128 160")
     add("--num-classes", type=int, nargs="+", help="default: 751 10000")
     add("--embedding-dim", type=int, default=2048, help="width of the embeddings (default: 2048)")
     add("--devices", nargs="+", help="default: cpu, and cuda if there is one")
@@ -232,9 +258,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--network-batch", type=int, default=64, help="batch size of the training step")
     add("--network-repeats", type=int, help="timed training steps (default: 5)")
     add("--machine", help="name of this machine in the file (default: that of the processor or GPU)")
+    add("--show", type=Path, metavar="FILE", help="print the table of losses/README.md of a recorded file, and stop")
     add("--out", type=Path, default=ROOT / "results" / "benchmarks", help="folder of the JSON file")
     args = parser.parse_args(argv)
-    args.batch_sizes = args.batch_sizes or ([64] if args.quick else [32, 64, 128])
+    if args.show:
+        print(readme_table(json.loads(args.show.read_text())))
+        return
+    args.batch_sizes = args.batch_sizes or ([64] if args.quick else [32, 64, 128, 160])
     args.num_classes = args.num_classes or ([751] if args.quick else [751, 10_000])
     args.repeats = args.repeats or (10 if args.quick else 30)
     args.network_repeats = args.network_repeats or (3 if args.quick else 5)

@@ -86,6 +86,47 @@ CANDIDATES: dict[str, list[dict]] = {
         {"loss_args": {"arcface.scale": 30.0, "arcface.margin": 0.1}, "loss_lr": 1e-3},
         {"loss_args": {"arcface.scale": 16.0, "arcface.margin": 0.1}, "loss_lr": 1e-3},
     ],
+    # (128, 0.25) the paper for person re-identification, (80, 0.4) the paper for fine-grained retrieval
+    "circle": [
+        {"loss_args": {"circle.scale": 128.0, "circle.margin": 0.25}},
+        {"loss_args": {"circle.scale": 80.0, "circle.margin": 0.4}},
+        {"loss_args": {"circle.scale": 32.0, "circle.margin": 0.25}},
+    ],
+    "supcon": [
+        {"loss_args": {"supcon.temperature": 0.07}},  # the default of the authors' code
+        {"loss_args": {"supcon.temperature": 0.1}},  # the paper's
+        {"loss_args": {"supcon.temperature": 0.2}},
+    ],
+    "weighted_triplet": [{}],  # has no number to choose: one trial
+    # the authors' proxies learn 100 times as fast as their network
+    "proxy_anchor": [
+        {"loss_args": {"proxy_anchor.scale": 32.0, "proxy_anchor.margin": 0.1}, "loss_lr": 3.5e-2},
+        {"loss_args": {"proxy_anchor.scale": 32.0, "proxy_anchor.margin": 0.1}, "loss_lr": 3.5e-3},
+        {"loss_args": {"proxy_anchor.scale": 16.0, "proxy_anchor.margin": 0.1}, "loss_lr": 3.5e-2},
+    ],
+    # in lists of 63 images, with few pairs to compare, a smoother step may pass more gradient
+    "smooth_ap": [
+        {"loss_args": {"smooth_ap.temperature": 0.01}},  # the authors'
+        {"loss_args": {"smooth_ap.temperature": 0.03}},
+        {"loss_args": {"smooth_ap.temperature": 0.1}},
+    ],
+    # the authors' scale and margin, then those of arcface's rows
+    "subcenter_arcface": [
+        {"loss_args": {"subcenter_arcface.scale": 64.0, "subcenter_arcface.margin": 0.5}, "loss_lr": 1e-3},
+        {"loss_args": {"subcenter_arcface.scale": 30.0, "subcenter_arcface.margin": 0.1}, "loss_lr": 1e-3},
+        {"loss_args": {"subcenter_arcface.scale": 16.0, "subcenter_arcface.margin": 0.1}, "loss_lr": 1e-3},
+    ],
+    "adasp": [
+        {"loss_args": {"adasp.temperature": 0.04}},  # the authors'
+        {"loss_args": {"adasp.temperature": 0.08}},
+        {"loss_args": {"adasp.temperature": 0.16}},
+    ],
+    # the authors' values; those of arcface's row; the same with statistics that follow a short training
+    "adaface": [
+        {"loss_args": {"adaface.scale": 64.0, "adaface.margin": 0.4, "adaface.momentum": 0.01}, "loss_lr": 1e-3},
+        {"loss_args": {"adaface.scale": 16.0, "adaface.margin": 0.1, "adaface.momentum": 0.01}, "loss_lr": 1e-3},
+        {"loss_args": {"adaface.scale": 16.0, "adaface.margin": 0.1, "adaface.momentum": 0.1}, "loss_lr": 1e-3},
+    ],
 }
 
 

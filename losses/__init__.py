@@ -1,6 +1,7 @@
 """The losses by name, and sums of them: `arcface`, `softmax+triplet`, `softmax+0.0005*center`.
 
-A new loss is one file, one line in LOSSES and one test. To use a loss elsewhere, copy its file: it imports torch only.
+A new loss is one file, its import and its line in LOSSES below, and one test; if the results tables shall have a row of
+it, a line in ROWS, too. To use a loss elsewhere, copy its file: it imports torch only.
 """
 
 import difflib
@@ -8,21 +9,29 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from losses.adaface import AdaFaceLoss
+from losses.adasp import AdaSPLoss
 from losses.arcface import ArcFaceLoss
 from losses.center import CenterLoss
+from losses.circle import CircleLoss
 from losses.cosface import CosFaceLoss
 from losses.focal import FocalLoss
 from losses.histogram import HistogramLoss
 from losses.multi_similarity import MultiSimilarityLoss
 from losses.npair import NPairLoss
+from losses.proxy_anchor import ProxyAnchorLoss
+from losses.smooth_ap import SmoothAPLoss
 from losses.softmax import SoftmaxLoss
 from losses.sphereface import SphereFaceLoss
+from losses.subcenter_arcface import SubCenterArcFaceLoss
+from losses.supcon import SupConLoss
 from losses.triplet import TripletLoss
+from losses.weighted_triplet import WeightedTripletLoss
 
 
 def sphereface_m1(num_classes: int, embedding_dim: int) -> SphereFaceLoss:
@@ -42,23 +51,48 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
     "sphereface": SphereFaceLoss,
     "cosface": CosFaceLoss,
     "arcface": ArcFaceLoss,
+    "circle": CircleLoss,
+    "supcon": SupConLoss,
+    "weighted_triplet": WeightedTripletLoss,
+    "proxy_anchor": ProxyAnchorLoss,
+    "smooth_ap": SmoothAPLoss,
+    "subcenter_arcface": SubCenterArcFaceLoss,
+    "adasp": AdaSPLoss,
+    "adaface": AdaFaceLoss,
 }
 
-# the rows of the results table
-TWELVE = (
-    "softmax",
-    "triplet",
-    "softmax+triplet",
-    "softmax+center",
-    "npair",
-    "histogram",
-    "focal",
-    "multi_similarity",
-    "sphereface_m1",
-    "sphereface",
-    "cosface",
-    "arcface",
-)
+
+class Row(NamedTuple):
+    """What a row of the results tables is: which part it stands in, and what its loss compares an image with."""
+
+    part: str  # published (the twelve of the published comparison) or later
+    kind: str  # classifier, pairs, proxies or ranking; a sum has the kind of its first term
+
+
+# The one list of the rows, in their order: tables, experiments, tuning and tests read it.
+ROWS: dict[str, Row] = {
+    "softmax": Row("published", "classifier"),
+    "triplet": Row("published", "pairs"),
+    "softmax+triplet": Row("published", "classifier"),
+    "softmax+center": Row("published", "classifier"),
+    "npair": Row("published", "pairs"),
+    "histogram": Row("published", "pairs"),
+    "focal": Row("published", "classifier"),
+    "multi_similarity": Row("published", "pairs"),
+    "sphereface_m1": Row("published", "classifier"),
+    "sphereface": Row("published", "classifier"),
+    "cosface": Row("published", "classifier"),
+    "arcface": Row("published", "classifier"),
+    "circle": Row("later", "pairs"),
+    "supcon": Row("later", "pairs"),
+    "weighted_triplet": Row("later", "pairs"),
+    "proxy_anchor": Row("later", "proxies"),
+    "smooth_ap": Row("later", "ranking"),
+    "subcenter_arcface": Row("later", "classifier"),
+    "adasp": Row("later", "pairs"),
+    "adaface": Row("later", "classifier"),
+}
+TWELVE = tuple(row for row, facts in ROWS.items() if facts.part == "published")
 
 
 class SumLoss(nn.Module):
@@ -139,7 +173,7 @@ def with_default_weights(expression: str, weights: dict[str, float]) -> str:
 
 def settable_arguments(name: str) -> dict[str, inspect.Parameter]:
     """The constructor arguments of a loss that loss_args may set: all but the two sizes."""
-    parameters = inspect.signature(LOSSES[name]).parameters
+    parameters = inspect.signature(LOSSES[name], eval_str=True).parameters
     return {key: value for key, value in parameters.items() if key not in ("num_classes", "embedding_dim")}
 
 
@@ -170,7 +204,8 @@ def _parse_loss_args(names: list[str], loss_args: Sequence[str]) -> dict[str, di
             name = names[0]
         if name not in names or key not in settable_arguments(name):
             raise ValueError(f"unknown loss argument {target.strip()!r}; {allowed}")
-        annotation = settable_arguments(name)[key].annotation
+        parameter = settable_arguments(name)[key]
+        annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
         try:
             arguments[name][key] = _convert(value.strip(), annotation)
         except ValueError as error:
@@ -178,17 +213,19 @@ def _parse_loss_args(names: list[str], loss_args: Sequence[str]) -> dict[str, di
     return arguments
 
 
-def _convert(text: str, annotation: type) -> int | float | None:
-    """The text as the type of the annotation: int, float, or one of them | None. ValueError says what it must be."""
+def _convert(text: str, annotation: type) -> bool | int | float | None:
+    """The text as the annotation's type: bool, int, float, or one of them | None. ValueError says what it must be."""
     kinds = get_args(annotation) or (annotation,)
     if text == "None" and type(None) in kinds:
         return None
-    kind = int if int in kinds else float
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
+    if bool in kinds:
+        value, wanted = {"True": True, "False": False}.get(text, math.nan), "True or False"
+    else:
+        kind, wanted = (int, "a whole number") if int in kinds else (float, "a finite number")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
     if not math.isfinite(value):
-        wanted = "a whole number" if kind is int else "a finite number"
         raise ValueError(f"{wanted}{' or None' if type(None) in kinds else ''}, got {text!r}")
     return value

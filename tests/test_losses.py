@@ -1,6 +1,11 @@
-"""What every loss keeps: the contract of its call, its state and its numerics, and how losses are named and built."""
+"""What every loss keeps: the contract of its call, its state and its numerics, and how losses are named and built.
+
+A loss that somebody adds to LOSSES is tested by itself, without a line here; where it breaks the contract, the failure
+says what it lacks. A few points are asked of the project's own losses only (OWN).
+"""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -15,11 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import losses
-from losses import LOSSES, TWELVE, SumLoss, build_loss, parse_expression, row_name, with_default_weights
+from losses import LOSSES, ROWS, TWELVE, SumLoss, build_loss, parse_expression, row_name, with_default_weights
 
 C, D = 7, 16
+OWN = list(dict.fromkeys(name for row in ROWS for name in row.split("+")))
 # every row of the table, every loss on its own, and the variants with code of their own
-EXPRESSIONS = {expression: () for expression in dict.fromkeys((*TWELVE, *LOSSES))}
+EXPRESSIONS = {expression: () for expression in dict.fromkeys((*ROWS, *LOSSES))}
 EXPRESSIONS |= {
     "triplet, soft margin": ("triplet", "margin=None"),
     "softmax, smoothed": ("softmax", "label_smoothing=0.1"),
@@ -27,11 +33,20 @@ EXPRESSIONS |= {
     "focal, gamma 0.5": ("focal", "gamma=0.5"),
     "arcface, wide": ("arcface", "margin=2"),
     "sphereface, no lambda": ("sphereface", "lambda_base=0", "lambda_min=0"),
+    "subcenter_arcface, wide": ("subcenter_arcface", "margin=2", "sub_centers=2"),
+    "adaface, quick": ("adaface", "momentum=1", "concentration=1"),
     "weighted": ("0.5*softmax+0.01*center+0*triplet",),
 }
+OWN_CASES = [case for case, expression in EXPRESSIONS.items() if case in ROWS or case in OWN or expression]
 every_loss = pytest.mark.parametrize("case", EXPRESSIONS)
-CLASSIFIERS = ("softmax", "focal", "sphereface_m1", "sphereface", "cosface", "arcface", "center", "softmax+triplet")
-PAIR_LOSSES = ("triplet", "npair", "histogram", "multi_similarity")
+DETACHED = ("circle", "adasp")  # by definition a weight has no gradient: that is in tests/test_losses_formulas.py
+
+
+def owns_classes(name):
+    return "num_classes" in inspect.signature(LOSSES[name]).parameters
+
+
+CLASSIFIERS = [*filter(owns_classes, OWN), "softmax+triplet"]
 
 
 def make(case, num_classes=C, embedding_dim=D):
@@ -45,12 +60,31 @@ def batch(dtype=torch.float32):
     return torch.randn(C, D, dtype=dtype)[labels] + 2 * torch.randn(10, D, dtype=dtype), labels
 
 
-def backward(loss_fn, embeddings, labels):
+def backward(loss_fn, embeddings, labels, on="a batch"):
     """loss, gradient of the embeddings, gradients of the parameters."""
     embeddings = embeddings.detach().clone().requires_grad_()
-    loss = loss_fn(embeddings, labels)
-    gradients = torch.autograd.grad(loss, [embeddings, *loss_fn.parameters()])
+    try:
+        loss = loss_fn(embeddings, labels)
+    except Exception as error:
+        pytest.fail(f"forward breaks on {on}: {error!r}")
+    if not (isinstance(loss, torch.Tensor) and loss.requires_grad):
+        pytest.fail(f"on {on} forward returns {loss!r}, through which no gradient flows to the embeddings; where there "
+                    "is nothing to learn from, return (embeddings * 0).sum()")  # fmt: skip
+    names, parameters = zip(("embeddings", embeddings), *loss_fn.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+    assert not unused, f"on {on} {', '.join(unused)} plays no part in the loss: no gradient reaches it"
     return loss.detach(), gradients[0], gradients[1:]
+
+
+def assert_finite(loss_fn, embeddings, labels, on):
+    loss, *gradients, parameter_gradients = backward(loss_fn, embeddings, labels, on)
+    assert loss.isfinite(), f"the loss of {on} is {loss.item()}"
+    names = ["embeddings", *dict(loss_fn.named_parameters())]
+    for name, g in zip(names, [*gradients, *parameter_gradients], strict=True):
+        assert g.isfinite().all(), f"the gradient of {name} is not finite on {on} (sqrt or a division by 0?)"
+    for name, buffer in loss_fn.named_buffers():
+        assert buffer.isfinite().all(), f"{name} is not finite after {on}"
 
 
 @pytest.fixture(autouse=True)
@@ -66,18 +100,24 @@ def test_a_loss_is_a_finite_scalar_and_leaves_its_inputs_alone(case):
     embeddings, labels = batch()
     before = embeddings.clone(), labels.clone()
     loss = make(case)(embeddings, labels)
-    assert isinstance(loss, torch.Tensor) and loss.shape == () and loss.dtype == torch.float32
-    assert loss.isfinite() and loss > 0
-    assert torch.equal(embeddings, before[0]) and torch.equal(labels, before[1])
+    assert isinstance(loss, torch.Tensor), f"forward must return one tensor, not {type(loss).__name__}"
+    assert loss.shape == (), f"forward must return a scalar (a mean over the batch, say), not shape {tuple(loss.shape)}"
+    assert loss.dtype == torch.float32, f"the loss of float32 embeddings must be float32, not {loss.dtype}"
+    assert loss.isfinite(), f"the loss of a random batch is {loss.item()}"
+    assert loss > 0 or case not in OWN_CASES
+    assert torch.equal(embeddings, before[0]), "forward changes its embeddings in place: work on a copy"
+    assert torch.equal(labels, before[1]), "forward changes its labels in place: work on a copy"
 
 
-@every_loss
+@pytest.mark.parametrize("case", [case for case in EXPRESSIONS if case not in DETACHED])
 def test_gradients_are_the_derivative(case):
     """By finite differences in float64, for embeddings and parameters, in eval mode: state moves in training."""
     loss_fn = make(case).double().eval()
     for name, buffer in loss_fn.named_buffers():
         if "centers" in name:
             buffer.normal_()
+        if "adaface" in case:  # where the detached quality is constant, -1
+            buffer.fill_({"mean": 1e6, "std": 1.0}[name])
     embeddings, labels = batch(torch.float64)
     names = [name for name, _ in loss_fn.named_parameters()]
 
@@ -85,7 +125,13 @@ def test_gradients_are_the_derivative(case):
         return torch.func.functional_call(loss_fn, dict(zip(names, parameters, strict=True)), (embeddings, labels))
 
     inputs = [embeddings, *(parameter.detach() for parameter in loss_fn.parameters())]
-    assert torch.autograd.gradcheck(function, [tensor.clone().requires_grad_() for tensor in inputs], fast_mode=True)
+    right = torch.autograd.gradcheck(
+        function, [tensor.clone().requires_grad_() for tensor in inputs], fast_mode=True, raise_exception=False
+    )
+    assert right, (
+        "the gradient is not the derivative of the returned value (torch.autograd.gradcheck, in float64): is something "
+        "detached, rounded, or computed in float32? If by definition, add the loss to DETACHED and test its gradient"
+    )
 
 
 @every_loss
@@ -99,24 +145,23 @@ def test_every_parameter_gets_a_gradient_and_moves(case):
         loss_fn(embeddings.requires_grad_(), labels).backward()
         optimizer.step()
     for name, parameter in loss_fn.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
-        assert not torch.equal(parameter, before[name]), name
+        assert parameter.grad is not None, f"{name} is a Parameter that the loss does not use: make it a buffer"
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), f"the gradient of {name} is zero or not finite"
+        assert not torch.equal(parameter, before[name]), f"{name} does not learn"
 
 
 @every_loss
-def test_only_centers_and_steps_are_buffers_and_only_training_moves_them(case):
+def test_only_training_moves_the_buffers(case):
     loss_fn = make(case)
     buffers = {name: buffer.clone() for name, buffer in loss_fn.named_buffers()}
-    assert {name.split(".")[-1] for name in buffers} <= {"centers", "step"}
-    assert ("centers" in "".join(buffers)) == ("center" in case or case == "weighted")
-    assert ("step" in buffers) == ("sphereface" in case)
-
     loss_fn.eval()(*batch())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in loss_fn.named_buffers())
+    for name, buffer in loss_fn.named_buffers():
+        assert torch.equal(buffer, buffers[name]), f"{name} moves in eval mode: change it only `if self.training`"
     loss_fn.train()(*batch())
     for name, buffer in loss_fn.named_buffers():
-        assert not torch.equal(buffer, buffers[name]), name
-        assert not buffer.requires_grad
+        assert not buffer.requires_grad, f"{name} is part of the graph: change it under torch.no_grad()"
+        if case in OWN_CASES:
+            assert not torch.equal(buffer, buffers[name]), name
 
 
 @every_loss
@@ -129,14 +174,18 @@ def test_state_survives_a_checkpoint(case, tmp_path):
     resumed = make(case)
     resumed.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
     for embeddings, labels in batches[2:]:
-        assert torch.equal(resumed(embeddings, labels), loss_fn(embeddings, labels))
+        assert torch.equal(resumed(embeddings, labels), loss_fn(embeddings, labels)), (
+            "a loss restored from its state_dict goes on with other values: what it learns or counts must be a "
+            "Parameter or a buffer (register_buffer), and nothing in forward may be random"
+        )
     assert all(torch.equal(a, b) for a, b in zip(resumed.buffers(), loss_fn.buffers(), strict=True))
 
 
-@every_loss
+@pytest.mark.parametrize("case", [case for case in OWN_CASES if case != "smooth_ap"])
 def test_nothing_waits_for_the_device(case):
     """On fake tensors, which have shapes but no values, .item(), a Python `if` on a tensor, nonzero and indexing by a
-    mask all raise: whatever would make a GPU wait for its results."""
+    mask all raise: whatever would make a GPU wait for its results. Smooth-AP waits once, for the number of its pairs,
+    which saves it from a tensor of B^3 numbers."""
     with FakeTensorMode():
         loss_fn = make(case)
         embeddings, labels = torch.randn(8, D, requires_grad=True), torch.randint(0, C, (8,))
@@ -157,17 +206,25 @@ def test_fake_tensors_do_notice_a_wait():
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_also_under_autocast(case, dtype):
+    lacks = (
+        "is not computed in float32: begin forward with `with torch.autocast(embeddings.device.type, enabled=False):` "
+        "and, in it, `embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))`"
+    )
     loss_fn = make(case).eval()
     embeddings, labels = batch()
     embeddings = embeddings.to(dtype)
     expected, gradient, _ = backward(loss_fn, embeddings.float(), labels)
     embeddings.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = loss_fn(embeddings, labels)
-    loss.backward()
-    assert loss.dtype == torch.float32 and embeddings.grad.dtype == dtype
-    assert torch.equal(loss, expected)
-    assert torch.equal(embeddings.grad, gradient.to(dtype))
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_fn(embeddings, labels)
+        loss.backward()
+    except RuntimeError as error:
+        pytest.fail(f"the loss of {dtype} embeddings breaks ({error}): it {lacks}")
+    assert loss.dtype == torch.float32, f"the loss of {dtype} embeddings {lacks}"
+    assert embeddings.grad.dtype == dtype, f"the gradient has another dtype than the embeddings ({dtype})"
+    assert torch.equal(loss, expected), f"the loss of {dtype} embeddings {lacks}"
+    assert torch.equal(embeddings.grad, gradient.to(dtype)), f"the gradient of {dtype} embeddings {lacks}"
 
 
 class RecordAutocast(TorchFunctionMode):
@@ -184,7 +241,7 @@ class RecordAutocast(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OWN)
 def test_autocast_is_off_inside_a_loss(name):
     """Also where today's autocast would leave every function of it alone."""
     loss_fn, (embeddings, labels) = make(name), batch()
@@ -197,16 +254,20 @@ def test_autocast_is_off_inside_a_loss(name):
 
 @every_loss
 def test_float64_stays_float64(case):
-    loss, gradient, _ = backward(make(case).double(), *batch(torch.float64))
-    assert loss.dtype == gradient.dtype == torch.float64
+    loss, gradient, _ = backward(make(case).double(), *batch(torch.float64), "float64 embeddings")
+    assert loss.dtype == gradient.dtype == torch.float64, (
+        f"float64 embeddings give a loss in {loss.dtype}: a cast to float32, or a tensor made without dtype, in between"
+    )
 
 
 @every_loss
 def test_int32_labels_work(case):
     loss_fn = make(case).eval()
     embeddings, labels = batch()
-    assert torch.equal(loss_fn(embeddings, labels.int()), loss_fn(embeddings, labels))
-    loss_fn.train()(embeddings, labels.int())
+    expected, *_ = backward(loss_fn, embeddings, labels)
+    loss, *_ = backward(loss_fn, embeddings, labels.int(), "labels of dtype int32 (labels = labels.long() helps)")
+    assert torch.equal(loss, expected), "labels of dtype int32 give another loss than the same ones in int64"
+    backward(loss_fn.train(), embeddings, labels.int(), "labels of dtype int32 (labels = labels.long() helps)")
 
 
 DEGENERATE = {
@@ -232,58 +293,75 @@ def test_degenerate_batches_are_finite(case, kind, scale):
     loss_fn = make(case)
     embeddings, labels = batch()
     embeddings, labels = DEGENERATE[kind](30 * torch.nn.functional.normalize(embeddings), labels)
-    for _ in range(2):  # the second time with moved centers
-        loss, gradient, parameter_gradients = backward(loss_fn, embeddings * scale, labels)
-        assert loss.isfinite() and gradient.isfinite().all()
-        assert all(g.isfinite().all() for g in parameter_gradients)
-    assert all(buffer.isfinite().all() for buffer in loss_fn.buffers())
+    for _ in range(2):  # the second time with moved buffers
+        assert_finite(loss_fn, embeddings * scale, labels, f"a batch with {kind}, lengths of about {30 * scale:g}")
 
 
-@pytest.mark.parametrize("case", [*CLASSIFIERS[:6]])
+@pytest.mark.parametrize("case", [case for case in CLASSIFIERS if case not in ("center", "softmax+triplet")])
 def test_embeddings_on_the_class_vectors_are_finite(case):
     """cos theta = 1 and -1 exactly, up to rounding, where angles have no derivative; also class vectors of zero."""
     loss_fn = make(case)
-    for embeddings in (loss_fn.weight.detach().clone(), -loss_fn.weight.detach()):
-        loss, gradient, parameter_gradients = backward(loss_fn, embeddings, torch.arange(C))
-        assert loss.isfinite() and gradient.isfinite().all() and parameter_gradients[0].isfinite().all()
+    own = loss_fn.weight.detach().reshape(C, -1, D)[:, 0].clone()  # the first one, where a class has several
+    assert_finite(loss_fn, own, torch.arange(C), "embeddings on their class vectors")
+    assert_finite(loss_fn, -own, torch.arange(C), "embeddings opposite to their class vectors")
     loss_fn.weight.data[:3] = 0
-    loss, gradient, parameter_gradients = backward(loss_fn, *batch())
-    assert loss.isfinite() and gradient.isfinite().all() and parameter_gradients[0].isfinite().all()
+    assert_finite(loss_fn, *batch(), "class vectors of zero")
 
 
-@pytest.mark.parametrize("case", ["triplet", "triplet, soft margin", "npair", "histogram", "multi_similarity"])
-@pytest.mark.parametrize("kind", ["one identity", "no positive", "one image"])
+NO_TERM = {
+    "triplet": ("one identity", "no positive", "one image"),
+    "npair": ("no positive", "one image"),  # one identity is a pair without negatives: the penalty of its length stays
+    "histogram": ("one identity", "no positive", "one image"),
+    "multi_similarity": ("one identity", "no positive", "one image"),
+    "circle": ("one identity", "no positive", "one image"),
+    "supcon": ("no positive", "one image"),  # the positives of one identity still stand beside each other
+    "weighted_triplet": ("one identity", "no positive", "one image"),
+    "smooth_ap": ("no positive", "one image"),  # one identity is in perfect order
+    "adasp": ("one identity", "one image"),  # an image is a pair with itself
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"), [*((case, kind) for case in NO_TERM for kind in NO_TERM[case]), *(
+        ("triplet, soft margin", kind) for kind in NO_TERM["triplet"])]
+)  # fmt: skip
 def test_a_batch_without_a_term_is_a_zero_joined_to_the_graph(case, kind):
-    embeddings, labels = DEGENERATE[kind](*batch())
-    if (case, kind) == ("npair", "one identity"):
-        labels = torch.arange(len(labels))  # one identity is a pair without negatives: the penalty of its length stays
-    loss, gradient, _ = backward(make(case), embeddings, labels)  # would raise without a graph
+    loss, gradient, _ = backward(make(case), *DEGENERATE[kind](*batch()), kind)  # fails without a graph
     assert loss == 0 and not gradient.any()
+
+
+def test_batches_without_a_term_are_tried_for_every_loss_without_classes():
+    without = {name for name in OWN if not owns_classes(name)}
+    assert without == set(NO_TERM), "say in NO_TERM which batches give no term"
 
 
 @every_loss
 def test_the_order_of_the_images_does_not_matter(case):
     """First identities change places and the images of each keep their order, on which N-pair depends; then all do."""
+    moves = "the loss or its gradient depends on the order of the images in the batch"
     loss_fn = make(case).double().eval()
     embeddings, labels = batch(torch.float64)
     order = torch.tensor([2, 0, 6, 5, 1, 7, 3, 4, 8, 9])
     loss, gradient, parameter_gradients = backward(loss_fn, embeddings, labels)
     moved_loss, moved_gradient, moved_parameter_gradients = backward(loss_fn, embeddings[order], labels[order])
-    assert_close(moved_loss, loss)
-    assert_close(moved_gradient, gradient[order])
+    assert_close(moved_loss, loss, msg=moves)
+    assert_close(moved_gradient, gradient[order], msg=moves)
     for moved, expected in zip(moved_parameter_gradients, parameter_gradients, strict=True):
-        assert_close(moved, expected)
+        assert_close(moved, expected, msg=moves)
     if "npair" not in case:
         order = torch.arange(10).flip(0)
-        assert_close(loss_fn(embeddings[order], labels[order]), loss)
+        assert_close(loss_fn(embeddings[order], labels[order]), loss, msg=moves)
 
 
-@pytest.mark.parametrize("case", PAIR_LOSSES)
-def test_pair_losses_compare_labels_and_nothing_else(case):
+@pytest.mark.parametrize("case", [name for name in LOSSES if not owns_classes(name)])
+def test_losses_without_classes_compare_labels_and_nothing_else(case):
     """Any integers will do: renumbering changes nothing."""
     loss_fn, (embeddings, labels) = make(case).double(), batch(torch.float64)
     names = torch.tensor([-5, 3, 10**12, 0, 1, -100, 2])
-    assert_close(loss_fn(embeddings, names[labels]), loss_fn(embeddings, labels))
+    expected, *_ = backward(loss_fn, embeddings, labels)
+    loss, *_ = backward(loss_fn, embeddings, names[labels], "labels like -100 and 10^12")
+    assert_close(loss, expected, msg="other numbers for the same identities give another loss: without num_classes, "
+                                     "it may only ask which labels are equal")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CLASSIFIERS)
@@ -329,9 +407,16 @@ def test_the_gpu_agrees_with_the_cpu(case):
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-def test_losses_by_name():
-    assert all(name in LOSSES for expression in TWELVE for name in expression.split("+"))
-    assert len(TWELVE) == len(set(TWELVE)) == 12
+def test_rows():
+    """The table's rows: the twelve of the published comparison, then the later ones."""
+    parts = [row.part for row in ROWS.values()]
+    assert parts[:12] == ["published"] * 12 and set(parts[12:]) == {"later"} and len(parts) >= 20
+    assert TWELVE == tuple(ROWS)[:12]
+    assert {row.kind for row in ROWS.values()} == {"classifier", "pairs", "proxies", "ranking"}
+    for row, facts in ROWS.items():
+        names = row.split("+")
+        assert all(name in LOSSES for name in names), f"{row} is no loss or sum of losses of LOSSES"
+        assert owns_classes(names[0]) == (facts.kind in ("classifier", "proxies")), row
 
 
 def test_expressions():
@@ -398,7 +483,10 @@ def test_state_dicts_have_the_documented_keys():
         "cosface": {"weight"}, "arcface": {"weight"},
         "sphereface": {"weight", "step"}, "sphereface_m1": {"weight", "step"},
         "triplet": set(), "npair": set(), "histogram": set(), "multi_similarity": set(),
+        "circle": set(), "supcon": set(), "weighted_triplet": set(), "smooth_ap": set(), "adasp": set(),
+        "proxy_anchor": {"weight"}, "subcenter_arcface": {"weight"}, "adaface": {"weight", "mean", "std"},
     }  # fmt: skip
+    assert not set(OWN) - set(keys), "say here what their state holds"
     assert keys == {name: set(build_loss(name, C, D).state_dict()) for name in keys}
 
 
@@ -418,7 +506,16 @@ def test_defaults():
         "sphereface": "sphereface: margin=4, lambda_base=1000.0, lambda_gamma=0.12, lambda_power=1.0, lambda_min=5.0",
         "cosface": "cosface: scale=30.0, margin=0.35",
         "arcface": "arcface: scale=64.0, margin=0.5",
+        "circle": "circle: scale=128.0, margin=0.25",
+        "supcon": "supcon: temperature=0.1",
+        "weighted_triplet": "weighted_triplet: no arguments",
+        "proxy_anchor": "proxy_anchor: scale=32.0, margin=0.1",
+        "smooth_ap": "smooth_ap: temperature=0.01",
+        "subcenter_arcface": "subcenter_arcface: sub_centers=3, scale=64.0, margin=0.5",
+        "adasp": "adasp: temperature=0.04",
+        "adaface": "adaface: scale=64.0, margin=0.4, concentration=0.333, momentum=0.01",
     }
+    assert not set(OWN) - set(arguments), "say here what their arguments are"
     assert arguments == {name: losses.describe_arguments(name) for name in arguments}
     assert build_loss("sphereface_m1", C, D).margin == 1
 
@@ -464,6 +561,16 @@ def test_loss_args():
         ("focal", "gamma=-1", "focal: gamma must not be negative, got -1.0"),
         ("npair", "l2=-1", "npair: l2 must not be negative, got -1.0"),
         ("multi_similarity", "beta=0", "multi_similarity: alpha and beta must be above 0"),
+        ("circle", "scale=0", "circle: scale must be above 0"),
+        ("supcon", "temperature=0", "supcon: temperature must be above 0"),
+        ("weighted_triplet", "margin=0.3", "unknown .* 'margin'; allowed are weighted_triplet: no arguments"),
+        ("proxy_anchor", "scale=-1", "proxy_anchor: scale must be above 0"),
+        ("smooth_ap", "temperature=0", "smooth_ap: temperature must be above 0"),
+        ("subcenter_arcface", "sub_centers=0", "subcenter_arcface: sub_centers must be at least 1, got 0"),
+        ("subcenter_arcface", "margin=4", "subcenter_arcface: .* margin in \\[0, pi\\) radians"),
+        ("adasp", "temperature=-1", "adasp: temperature must be above 0"),
+        ("adaface", "margin=-1", "adaface: .* margin in \\[0, pi\\) radians"),
+        ("adaface", "momentum=2", "adaface: .* momentum in \\[0, 1\\], got 0.333 and 2.0"),
     ],
 )
 def test_wrong_loss_args_are_answered_in_one_sentence(expression, loss_arg, message):
@@ -476,3 +583,30 @@ def test_sphereface_refuses_a_fractional_margin_from_code_as_well():
     with pytest.raises(ValueError, match="whole number"):
         losses.SphereFaceLoss(C, D, margin=2.5)
     assert losses.SphereFaceLoss(C, D, margin=2)(*batch()).isfinite()
+
+
+class NewLoss(torch.nn.Module):
+    """With arguments of every kind, one of them without an annotation."""
+
+    def __init__(self, squared: bool = False, mine: "bool | None" = None, steps: int = 2, hard=True, margin=0.5):
+        super().__init__()
+        self.arguments = (squared, mine, steps, hard, margin)
+
+    def forward(self, embeddings, labels):
+        return embeddings.mean()
+
+
+def test_boolean_and_unannotated_arguments(monkeypatch):
+    monkeypatch.setitem(LOSSES, "new", NewLoss)
+    assert build_loss("new", C, D).arguments == (False, None, 2, True, 0.5)
+    loss_args = ["squared=True", "mine=False", "steps=3", "hard=False", "margin=1"]
+    assert build_loss("new", C, D, loss_args).arguments == (True, False, 3, False, 1.0)
+    assert build_loss("softmax+new", C, D, ["new.squared=True", "new.mine=None"]).new.arguments[:2] == (True, None)
+    for loss_arg, message in {
+        "squared=1": "squared must be True or False, got '1'; allowed are new: squared=False, mine=None \\(or None\\)",
+        "squared=true": "squared must be True or False, got 'true'",
+        "hard=None": "hard must be True or False, got 'None'",
+        "mine=yes": "mine must be True or False or None, got 'yes'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            build_loss("new", C, D, [loss_arg])

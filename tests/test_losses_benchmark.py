@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.losses import first_pairs, machine_name, main, peak_mib
-from losses import TWELVE
+from benchmarks.losses import first_pairs, machine_name, main, peak_mib, readme_table
+from losses import ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:__array_wrap__")  # the peer's own
 
@@ -21,14 +22,16 @@ def test_the_benchmark_writes_its_file(tmp_path, capsys):
     assert path.name == "losses_my-box-1.json"
     result = json.loads(path.read_text())
     assert result["pytorch_metric_learning"] == peers.__version__ and result["machine"] == "my-box-1"
+    assert "commit" in result
     assert not re.search(r"/(home|tmp|root|work)", path.read_text())
 
     rows = {(row["loss"], row["num_classes"]): row for row in result["rows"]}
-    assert {loss for loss, _ in rows} == {*TWELVE, "center"}
+    assert {loss for loss, _ in rows} == {*ROWS, "center"}
     assert {c for loss, c in rows if loss == "arcface"} == {5, 11}
     assert {c for loss, c in rows if loss == "triplet"} == {None}  # owns no class weights: timed once
     with_peer = {loss for (loss, _), row in rows.items() if "peer_milliseconds" in row}
-    assert with_peer == {"triplet", "npair", "histogram", "multi_similarity", "sphereface", "cosface", "arcface"}
+    assert with_peer == {"triplet", "npair", "histogram", "multi_similarity", "sphereface", "cosface", "arcface",
+                         "circle", "supcon", "proxy_anchor", "subcenter_arcface"}  # fmt: skip
     for row in rows.values():
         assert 0 < row["milliseconds"]["q1"] <= row["milliseconds"]["median"] <= row["milliseconds"]["q3"]
     assert set(result["network"]["milliseconds"]["cpu"]) == {"float32", "bfloat16"}
@@ -53,3 +56,12 @@ def test_first_pairs():
 
 def test_the_name_of_the_machine_is_fit_for_a_file():
     assert re.fullmatch(r"[a-z0-9-]+", machine_name(torch.device("cpu")))
+
+
+def test_the_table_of_losses_readme_is_that_of_its_file():
+    """The file that is named above the table; files of other machines may lie beside it."""
+    root = Path(__file__).resolve().parent.parent
+    readme = (root / "losses" / "README.md").read_text()
+    ((name, table),) = re.findall(r"<!-- costs of (\S+) -->\n(.*?)\n<!-- end -->", readme, flags=re.S)
+    recorded = json.loads((root / "results" / "benchmarks" / f"{name}.json").read_text())
+    assert table == readme_table(recorded), f"python benchmarks/losses.py --show results/benchmarks/{name}.json"

@@ -1,6 +1,7 @@
 """Every loss beside a second implementation: slow float64 loops, typed from the formulas of the papers.
 
-The loops know nothing of masks, matrices or stable rewritings: they take one image, one pair, one class at a time.
+The loops know nothing of masks, matrices or stable rewritings: they take one image, one pair, one class at a time. What
+a paper treats as a constant is detached in them, so that the gradients say whether the loss detaches just that.
 Value and gradient must agree to 1e-6 in float64, and in float32 to 1e-4 (value) and 2e-3 of the largest gradient
 component at the size of a real embedding: 2048 non-negative numbers, lengths from 20 to 40.
 """
@@ -12,16 +13,24 @@ import torch
 import torch.nn.functional as F
 
 from losses import (
+    AdaFaceLoss,
+    AdaSPLoss,
     ArcFaceLoss,
     CenterLoss,
+    CircleLoss,
     CosFaceLoss,
     FocalLoss,
     HistogramLoss,
     MultiSimilarityLoss,
     NPairLoss,
+    ProxyAnchorLoss,
+    SmoothAPLoss,
     SoftmaxLoss,
     SphereFaceLoss,
+    SubCenterArcFaceLoss,
+    SupConLoss,
     TripletLoss,
+    WeightedTripletLoss,
 )
 
 
@@ -156,8 +165,124 @@ def arcface_by_loop(x, y, loss_fn):
     return mean(one(x_i, y_i) for x_i, y_i in zip(x, y, strict=True))
 
 
-def filled(loss_fn, centers=False, step=0):
+def others_of(i, y):
+    """Indices of the positives and of the negatives of image i."""
+    positives = [p for p in range(len(y)) if p != i and y[p] == y[i]]
+    return positives, [n for n in range(len(y)) if y[n] != y[i]]
+
+
+def circle_by_loop(x, y, loss_fn):
+    m, losses = loss_fn.margin, []
+    for i in range(len(x)):
+        positives, negatives = ([cosine(x[i], x[j]) for j in group] for group in others_of(i, y))
+        if positives and negatives:
+            push = [(s.detach() + m).clamp(min=0) * loss_fn.scale * (s - m) for s in negatives]
+            pull = [-(1 + m - s.detach()).clamp(min=0) * loss_fn.scale * (s - (1 - m)) for s in positives]
+            # log(1 + sum exp(a) sum exp(b)) = log sum over all couples, and one 0, of exp(a + b)
+            couples = [a + b for a in push for b in pull]
+            losses.append(torch.stack([0 * couples[0], *couples]).logsumexp(0))
+    return mean(losses)
+
+
+def supcon_by_loop(x, y, loss_fn):
+    losses = []
+    for i in range(len(x)):
+        s = {a: cosine(x[i], x[a]) / loss_fn.temperature for a in range(len(x)) if a != i}
+        positives, _ = others_of(i, y)
+        if positives:
+            losses.append(mean(-(s[p].exp() / sum(value.exp() for value in s.values())).log() for p in positives))
+    return mean(losses)
+
+
+def weighted_triplet_by_loop(x, y, loss_fn):
+    losses = []
+    for i in range(len(x)):
+        positives, negatives = ([(x[i] - x[j]).pow(2).sum().sqrt() for j in group] for group in others_of(i, y))
+        if positives and negatives:
+            far = sum(d.exp() * d for d in positives) / sum(d.exp() for d in positives)
+            near = sum((-d).exp() * d for d in negatives) / sum((-d).exp() for d in negatives)
+            losses.append((1 + (far - near).exp()).log())
+    return mean(losses)
+
+
+def proxy_anchor_by_loop(x, y, loss_fn):
+    pull, push = [], []
+    for c, proxy in enumerate(loss_fn.weight):
+        own = [cosine(x_i, proxy) for x_i, y_i in zip(x, y, strict=True) if y_i == c]
+        others = [cosine(x_i, proxy) for x_i, y_i in zip(x, y, strict=True) if y_i != c]
+        if own:
+            pull.append((1 + sum((-loss_fn.scale * (s - loss_fn.margin)).exp() for s in own)).log())
+        push.append((1 + sum((loss_fn.scale * (s + loss_fn.margin)).exp() for s in others)).log())
+    return mean(pull) + mean(push)
+
+
+def smooth_ap_by_loop(x, y, loss_fn):
+    losses = []
+    for i in range(len(x)):
+        positives, negatives = others_of(i, y)
+        s = [cosine(x[i], other) for other in x]
+
+        def rank(j, group, s=s):
+            return sum(torch.sigmoid((s[k] - s[j]) / loss_fn.temperature) for k in group if k != j)
+
+        if positives:
+            among_positives = {j: 1 + rank(j, positives) for j in positives}
+            losses.append(1 - mean(r / (r + rank(j, negatives)) for j, r in among_positives.items()))
+    return mean(losses)
+
+
+def subcenter_arcface_by_loop(x, y, loss_fn):
+    m = loss_fn.margin
+
+    def one(x_i, y_i):
+        angles = [min(cosine(x_i, w).acos() for w in centers) for centers in loss_fn.weight]
+        z = [loss_fn.scale * angle.cos() for angle in angles]
+        own = angles[y_i]
+        z[y_i] = loss_fn.scale * ((own + m).cos() if own.item() + m <= math.pi else own.cos() - m * math.sin(m))
+        return cross_entropy(z, y_i)
+
+    return mean(one(x_i, y_i) for x_i, y_i in zip(x, y, strict=True))
+
+
+def adasp_by_loop(x, y, loss_fn):
+    t, losses = loss_fn.temperature, []
+
+    def one_image():
+        return torch.tensor(1.0, dtype=x.dtype)  # the cosine similarity of an image with itself
+
+    for label in dict.fromkeys(y):
+        own = [i for i in range(len(y)) if y[i] == label]
+        s = {(a, b): cosine(x[a], x[b]) if a != b else one_image() for a in own for b in own}
+        others = [cosine(x[a], x[b]) / t for a in own for b in range(len(y)) if y[b] != label]
+        h = -t * torch.stack([-value / t for value in s.values()]).logsumexp(0)
+        hard = [torch.stack([-s[a, b] / t for b in own]).logsumexp(0) for a in own]
+        e = t * torch.stack([-value for value in hard]).logsumexp(0)
+        w = (2 * h * e / (h + e)).detach() if h > 0 else 0
+        gap = torch.stack(others).logsumexp(0) - (w * h + (1 - w) * e) / t
+        losses.append(torch.stack([0 * gap, gap]).logsumexp(0))
+    return mean(losses)
+
+
+def adaface_by_loop(x, y, loss_fn):
+    m = loss_fn.margin
+
+    def one(x_i, y_i):
+        length = min(max(x_i.detach().pow(2).sum().sqrt().item(), 0.001), 100)
+        q = (length - loss_fn.mean.item()) / (loss_fn.std.item() + 1e-3) * loss_fn.concentration
+        q = min(max(q, -1), 1)
+        angles = [cosine(x_i, w).acos() for w in loss_fn.weight]
+        z = [loss_fn.scale * angle.cos() for angle in angles]
+        z[y_i] = loss_fn.scale * ((angles[y_i] - m * q).clamp(0, math.pi).cos() - (m + m * q))
+        return cross_entropy(z, y_i)
+
+    return mean(one(x_i, y_i) for x_i, y_i in zip(x, y, strict=True))
+
+
+def filled(loss_fn, centers=False, step=0, mean=None, std=None):
     """The loss in eval mode with the state of a run that is under way."""
+    if mean is not None:
+        loss_fn.mean.fill_(mean)
+        loss_fn.std.fill_(std)
     if centers:
         loss_fn.centers.normal_()
     if step:
@@ -193,6 +318,24 @@ CASES = {
     "arcface": (lambda c, d: ArcFaceLoss(c, d), arcface_by_loop),
     "arcface, other": (lambda c, d: ArcFaceLoss(c, d, scale=5.0, margin=0.2), arcface_by_loop),
     "arcface, wide margin": (lambda c, d: ArcFaceLoss(c, d, scale=5.0, margin=2.0), arcface_by_loop),
+    "circle": (lambda c, d: CircleLoss(), circle_by_loop),
+    "circle, other": (lambda c, d: CircleLoss(scale=10.0, margin=0.4), circle_by_loop),
+    "supcon": (lambda c, d: SupConLoss(), supcon_by_loop),
+    "supcon, other": (lambda c, d: SupConLoss(temperature=0.5), supcon_by_loop),
+    "weighted_triplet": (lambda c, d: WeightedTripletLoss(), weighted_triplet_by_loop),
+    "proxy_anchor": (lambda c, d: ProxyAnchorLoss(c, d), proxy_anchor_by_loop),
+    "proxy_anchor, other": (lambda c, d: ProxyAnchorLoss(c, d, scale=8.0, margin=0.3), proxy_anchor_by_loop),
+    "smooth_ap": (lambda c, d: SmoothAPLoss(), smooth_ap_by_loop),
+    "smooth_ap, smoother": (lambda c, d: SmoothAPLoss(temperature=0.3), smooth_ap_by_loop),
+    "subcenter_arcface": (lambda c, d: SubCenterArcFaceLoss(c, d), subcenter_arcface_by_loop),
+    "subcenter_arcface, other": (lambda c, d: SubCenterArcFaceLoss(c, d, 2, 5.0, 2.0), subcenter_arcface_by_loop),
+    "adasp": (lambda c, d: AdaSPLoss(), adasp_by_loop),
+    "adasp, other": (lambda c, d: AdaSPLoss(temperature=0.3), adasp_by_loop),
+    "adaface": (lambda c, d: filled(AdaFaceLoss(c, d)), adaface_by_loop),
+    # lengths of 1 to 3 and of 20 to 40: qualities on both sides of 0, some of them clipped
+    "adaface, short": (lambda c, d: filled(AdaFaceLoss(c, d, 8.0), mean=1.9, std=0.5), adaface_by_loop),
+    "adaface, long": (lambda c, d: filled(AdaFaceLoss(c, d, 8.0), mean=30.0, std=2.0), adaface_by_loop),
+    "adaface, wide": (lambda c, d: filled(AdaFaceLoss(c, d, 5.0, 1.5), mean=1.9, std=0.5), adaface_by_loop),
 }
 
 LABELS = {

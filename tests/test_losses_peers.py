@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.losses import peer_loss
-from losses import build_loss
+from losses import ROWS, build_loss
 
 pytest.importorskip("pytorch_metric_learning")
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:__array_wrap__")  # the peer's own
@@ -22,6 +22,10 @@ PEERS = {
     "sphereface": (["lambda_base=0", "lambda_min=0"], 1e-4),
     "cosface": ([], 1e-5),
     "arcface": ([], 1e-5),
+    "circle": ([], 1e-5),
+    "supcon": ([], 1e-5),
+    "proxy_anchor": ([], 1e-5),
+    "subcenter_arcface": ([], 1e-5),
 }
 LABELS = {"p x k": torch.arange(24) // 4, "shuffled": torch.arange(24).remainder(6), "pairs": torch.arange(24) // 2}
 
@@ -34,7 +38,8 @@ def test_value_and_gradient_agree_with_the_peer(name, labels):
     ours, peer = build_loss(name, C, D, loss_args), peer_loss(name, C, D)
     if weights := list(ours.parameters()):
         (peer_weight,) = peer.parameters()
-        peer_weight.data = weights[0].detach().T.clone()  # (D, C)
+        weight = weights[0].detach().reshape(-1, D)  # sub-center by sub-center
+        peer_weight.data = (weight if name == "proxy_anchor" else weight.T).clone()  # (C, D) or (D, C)
 
     # loose clusters: the peer's multi-similarity returns 0 where a whole batch mines a single pair
     for spread in (2.0, 3.0, 5.0):
@@ -60,4 +65,6 @@ def test_arcface_agrees_with_the_peer_past_pi_minus_margin():
 
 
 def test_the_rest_has_no_counterpart():
-    assert [name for name in ("softmax", "center", "focal", "sphereface_m1") if peer_loss(name, C, D)] == []
+    names = ("softmax", "center", "focal", "sphereface_m1", "weighted_triplet", "smooth_ap", "adasp", "adaface")
+    assert {*names, *PEERS} == set("+".join(ROWS).split("+"))
+    assert [name for name in names if peer_loss(name, C, D)] == []
