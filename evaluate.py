@@ -9,8 +9,8 @@ The numbers of a run are printed and kept in its folder, in evaluation_DATASET_M
 """
 
 import argparse
-import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,15 +27,14 @@ from models import build_model
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
 from utils.environment import find_device
 from utils.features import Features, load_features, path_cameras, save_features
-from utils.files import load_json, save_json
-from utils.flags import number
+from utils.errors import UserError, user_input
+from utils.files import save_json
+from utils.flags import DEFAULTS, load_args, number
 from utils.ranking import rank_metrics
-from utils.seed import set_determinism
+from utils.seed import set_backends
 
 BATCH_SIZE = 128  # images embedded at a time
 METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP", "num_queries")
-RUN_KEYS = ("arch", "height", "width", "amp", "loss", "dataset", "data_dir", "synthetic_ids", "seed", "epochs",
-            "eval_on", "metric", "ignore_cameras")  # fmt: skip
 
 
 @torch.inference_mode()
@@ -107,11 +106,12 @@ def metrics_table(metrics: dict[str, float], title: str) -> str:
 def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """The trained backbone of a run folder, in eval mode, and the run's flags."""
     if not (run_dir / "args.json").is_file():
-        raise FileNotFoundError(f"{run_dir} is not a run folder: it has no args.json")
-    args = load_json(run_dir / "args.json", RUN_KEYS)
+        raise UserError(f"{run_dir} is not a run folder: it has no args.json")
+    args = load_args(run_dir)
     checkpoint = load_checkpoint(run_dir / "last.pt")
     check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "height", "width", "seed"))
-    model = build_model(args["arch"], "none")
+    with user_input():
+        model = build_model(args["arch"], "none")
     check_fit(run_dir / "last.pt", "model", checkpoint["model"], model.state_dict())
     model.load_state_dict(checkpoint["model"])
     if checkpoint["epoch"] < args["epochs"]:
@@ -135,8 +135,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    count, cores = number(int, zero=True), os.cpu_count() or 1
-    parser.add_argument("--workers", type=count, default=cores, help="threads that decode (default: all cores)")
+    parser.add_argument("--workers", type=number(int, zero=True), default=DEFAULTS["workers"],
+                        help="threads that decode images (default: the cores, at most 16)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
         parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")
@@ -147,20 +147,22 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    device = find_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device or DEFAULTS["device"])
     if args.features:
         features = load_features(args.features)
         query = torch.from_numpy(features.query.astype(features.query.dtype.newbyteorder("=")))  # ranked where it is
         features = features._replace(query=query.to(device))
-        print(metrics_table(score(features, args.metric or "cosine", args.ignore_cameras), str(args.features)))
+        with user_input():
+            metrics = score(features, args.metric or "cosine", args.ignore_cameras)
+        print(metrics_table(metrics, str(args.features)))
         return
     model, run = load_run(args.run, device)
-    set_determinism(run["deterministic"])  # as the run was scored
+    set_backends(run["deterministic"], run["tf32"])  # as the run was scored
     dataset = args.dataset or run["dataset"]
-    split = load_dataset(dataset, args.data_dir or run["data_dir"], run["synthetic_ids"])
     held_out = dataset == run["dataset"] and run["eval_on"] == "val"
-    if held_out:
-        split = holdout(split.train, run["seed"])
+    with user_input():
+        split = load_dataset(dataset, args.data_dir or run["data_dir"], run["synthetic_ids"])
+        split = holdout(split.train, run["seed"]) if held_out else split
     features = embed_split(
         model,
         split,
@@ -176,17 +178,19 @@ def main(argv: list[str] | None = None) -> None:
         "metric": args.metric or run["metric"],
         "ignore_cameras": args.ignore_cameras or run["ignore_cameras"],
     }
-    metrics = score(features, **how)
+    with user_input():
+        metrics = score(features, **how)
     print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
     name = f"evaluation_{dataset}_{how['metric']}{'_ignore-cameras' if how['ignore_cameras'] else ''}.json"
     save_json(args.run / name, {**metrics, **how})
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit("evaluate.py: out of memory on the device: try --device cpu")

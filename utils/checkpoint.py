@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from utils.errors import UserError
 from utils.files import write_atomically, write_text
 
 
@@ -21,11 +22,11 @@ def save_log(path: Path, log: list[dict]) -> None:
 def load_log(path: Path, num_epochs: int) -> list[dict]:
     """The lines of epochs 1 to num_epochs; a later one, of an epoch without a checkpoint, is left out."""
     try:
-        log = [json.loads(line) for line in path.read_text().splitlines()[:num_epochs]] if num_epochs else []
+        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:num_epochs]] if num_epochs else []
         if [line["epoch"] for line in log] != list(range(1, num_epochs + 1)):
             raise ValueError
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} does not hold the epochs 1 to {num_epochs} of last.pt: start another run") from None
+        raise UserError(f"{path} does not hold the epochs 1 to {num_epochs} of last.pt: start another run") from None
     return log
 
 
@@ -42,24 +43,24 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, keys: tuple[str, ...] = ("model", "loss", "epoch", "args")) -> dict[str, Any]:
-    """Reads a checkpoint on the CPU without running any code of it; ValueError in one sentence if it is not one."""
+    """Reads a checkpoint on the CPU without running any code of it; UserError in one sentence if it is not one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # a pickle with code, a cut file, no zip file: all refused before anything runs
         kind = type(error).__name__
-        raise ValueError(f"{path} was refused: it is not a whole checkpoint of plain tensors ({kind})") from None
+        raise UserError(f"{path} was refused: it is not a whole checkpoint of plain tensors ({kind})") from None
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: {', '.join(missing)} missing")
+        raise UserError(f"{path} is not a checkpoint of train.py: {', '.join(missing)} missing")
     if type(content["epoch"]) is not int or content["epoch"] < 0:
-        raise ValueError(f"{path} is not a checkpoint of train.py: its epoch is no whole number")
+        raise UserError(f"{path} is not a checkpoint of train.py: its epoch is no whole number")
     return content
 
 
 def check_same_run(path: Path, checkpoint: dict[str, Any], args: dict, keys: Iterable[str]) -> None:
-    """ValueError with what differs unless the checkpoint's own `args` (JSON) have the values of `args` at `keys`.
+    """UserError with what differs unless the checkpoint's own `args` (JSON) have the values of `args` at `keys`.
 
     Two losses may have weights of the same names and shapes: `check_fit` alone would take one for the other.
     """
@@ -68,7 +69,7 @@ def check_same_run(path: Path, checkpoint: dict[str, Any], args: dict, keys: Ite
     except (TypeError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a checkpoint of train.py: its args are not the flags of a run")
+        raise UserError(f"{path} is not a checkpoint of train.py: its args are not the flags of a run")
     differences = [
         f"its {key} is {found.get(key, 'missing')}, not {args[key]}"
         for key in sorted(keys)
@@ -77,13 +78,13 @@ def check_same_run(path: Path, checkpoint: dict[str, Any], args: dict, keys: Ite
     if checkpoint["epoch"] > args["epochs"]:
         differences.append(f"its epoch is {checkpoint['epoch']} of {args['epochs']}")
     if differences:
-        raise ValueError(f"{path} belongs to another run than args.json: {_first(differences)}")
+        raise UserError(f"{path} belongs to another run than args.json: {_first(differences)}")
 
 
 def check_fit(path: Path, part: str, found: Any, wanted: dict[str, torch.Tensor]) -> None:
-    """ValueError with what differs unless `found` has the names, shapes and types of `wanted`; changes nothing."""
+    """UserError with what differs unless `found` has the names, shapes and types of `wanted`; changes nothing."""
     if not isinstance(found, dict):
-        raise ValueError(f"{path} does not fit: its {part} is not a state dict")
+        raise UserError(f"{path} does not fit: its {part} is not a state dict")
     differences = []
     for name in sorted(found.keys() | wanted.keys(), key=str):
         if name not in found or name not in wanted:
@@ -91,13 +92,13 @@ def check_fit(path: Path, part: str, found: Any, wanted: dict[str, torch.Tensor]
         elif _kind(found[name]) != _kind(wanted[name]):
             differences.append(f"{name} is {_kind(found[name])} instead of {_kind(wanted[name])}")
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{path} is of another arch, loss or number of identities: in its {part}, {_first(differences)}"
         )
 
 
 def check_fit_optimizer(path: Path, found: Any, optimizer: torch.optim.Adam) -> None:
-    """ValueError with what differs unless `found` is a state of this optimizer; changes nothing."""
+    """UserError with what differs unless `found` is a state of this optimizer; changes nothing."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wanted = {f"{i}.step": torch.zeros(()) for i in range(len(parameters))}
@@ -110,9 +111,9 @@ def check_fit_optimizer(path: Path, found: Any, optimizer: torch.optim.Adam) -> 
     except ValueError:
         same = False
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} does not fit: its optimizer is not a state of Adam") from None
+        raise UserError(f"{path} does not fit: its optimizer is not a state of Adam") from None
     if not same:
-        raise ValueError(f"{path} does not fit: its optimizer has other settings or groups of parameters")
+        raise UserError(f"{path} does not fit: its optimizer has other settings or groups of parameters")
     check_fit(path, "optimizer", state, wanted)
 
 
@@ -137,7 +138,7 @@ def resume_run(
     loss_fn: torch.nn.Module,
     optimizer: torch.optim.Adam,
 ) -> tuple[int, list[dict]]:
-    """Loads last.pt, all of it or, with a ValueError that says what differs, nothing. Without one nothing happens.
+    """Loads last.pt, all of it or, with a UserError that says what differs, nothing. Without one nothing happens.
 
     keys: the flags that the checkpoint must share with args. Returns the number of finished epochs and their log.
     """
@@ -159,14 +160,14 @@ def resume_run(
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError at once, rather than after all images were decoded, if the run folder can't be made or written."""
+    """UserError at once, rather than after all images were decoded, if the run folder can't be made or written."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise ValueError(f"{folder} can't be a run folder, since {place} is a file: name another --run-dir")
+        raise UserError(f"{folder} can't be a run folder, since {place} is a file: name another --run-dir")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} can't be written, since {place} does not allow it: name another --run-dir")
+        raise UserError(f"{folder} can't be written, since {place} does not allow it: name another --run-dir")
 
 
 @contextmanager
@@ -182,11 +183,11 @@ def locked(folder: Path, new: bool = False):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process: wait, or choose another --run-dir") from None
+            raise UserError(f"{folder} is in use by another process: wait, or choose another --run-dir") from None
         except (ImportError, OSError):  # Windows, or a file system without locks: nothing to hold on to
             pass
         if new and (folder / "args.json").exists():
-            raise ValueError(f"{folder} was begun by another process meanwhile: go on with it by --resume")
+            raise UserError(f"{folder} was begun by another process meanwhile: go on with it by --resume")
         for name in ("args.json", "log.jsonl", "last.pt", "result.json"):
             for leftover in folder.glob(f".{name}.*.tmp"):
                 leftover.unlink()

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
+from utils.errors import UserError
+
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; ValueError in one sentence if nothing can be computed there."""
+    """The device of this name; UserError in one sentence if nothing can be computed there."""
     try:
         device = torch.device(name)
         torch.ones(1, device=device, dtype=torch.float64).add(1).item()  # the ranking needs 64 bits
     except Exception as error:  # each kind of device that is not there has its own
         known = f"cpu{', cuda' if torch.cuda.is_available() else ' (there is no usable GPU)'}"
-        raise ValueError(f"--device {name} can't be used here ({type(error).__name__}): choose {known}") from None
+        raise UserError(f"--device {name} can't be used here ({type(error).__name__}): choose {known}") from None
     return device
 
 
@@ -38,8 +40,8 @@ def current_commit() -> str | None:
     return f"{commit}-changed" if commit and difference.returncode else commit
 
 
-def environment(device: torch.device, images: str) -> dict[str, str | int | None]:
-    """For args.json; images: the digest of their names."""
+def environment(device: torch.device, images: str, tf32: bool | None) -> dict[str, str | int | None]:
+    """For args.json; images: the digest of their names; tf32: the flag."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "commit": current_commit(),
@@ -47,6 +49,7 @@ def environment(device: torch.device, images: str) -> dict[str, str | int | None
         "torch": torch.__version__,
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
+        "tf32": {None: "convolutions", True: "on", False: "off"}[tf32] if device.type == "cuda" else "off",
         "images": images,
     }
 

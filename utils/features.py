@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from utils.errors import UserError
+
 
 class Features(NamedTuple):
     query: np.ndarray  # (Q, D)
@@ -37,11 +39,11 @@ def save_features(path: str | Path, features: Features) -> Path:
     """Write features to path: one file if it ends in .npz, otherwise a folder of .npy files. Returns the path.
 
     Fields may be arrays, tensors or lists (of Path, too). Written under another name first, then renamed.
-    Raises ValueError if the path exists or the arrays do not fit together.
+    Raises UserError if the path exists or the arrays do not fit together.
     """
     path = Path(path)
     if path.exists():
-        raise ValueError(f"{path} exists: delete it or choose another name for the features.")
+        raise UserError(f"{path} exists: delete it or choose another name for the features.")
     arrays = {}
     for name, value in features._asdict().items():
         if value is None:
@@ -80,7 +82,7 @@ def save_features(path: str | Path, features: Features) -> Path:
 def load_features(path: str | Path) -> Features:
     """Features from a .npz file or a folder of .npy files; those of a folder are memory-mapped, read-only.
 
-    Raises FileNotFoundError if there is nothing at the path, ValueError if an array is missing, cannot be read or
+    Raises FileNotFoundError if there is nothing at the path, UserError if an array is missing, cannot be read or
     does not fit the others.
     """
     path = Path(path)
@@ -95,7 +97,7 @@ def load_features(path: str | Path) -> Features:
     else:
         archive = _read(path)
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError(f"{path} holds a single array: features are a .npz file or a folder of .npy files.")
+            raise UserError(f"{path} holds a single array: features are a .npz file or a folder of .npy files.")
         with archive:
             for name in Features._fields:
                 if name in archive.files:
@@ -108,10 +110,10 @@ def path_cameras(query_paths, gallery_paths) -> tuple[np.ndarray, np.ndarray]:
     """A camera of its own for every distinct path: (Q,) and (G,) int64.
 
     With these camids a query's own image is dropped from its ranking, and nothing else.
-    Raises ValueError without paths.
+    Raises UserError without paths.
     """
     if query_paths is None or gallery_paths is None:
-        raise ValueError("Ignoring cameras needs the paths of the images: add query_paths and gallery_paths.")
+        raise UserError("Ignoring cameras needs the paths of the images: add query_paths and gallery_paths.")
     names = np.array([os.fspath(path) for path in (*query_paths, *gallery_paths)], dtype=np.str_)
     cameras = np.unique(names, return_inverse=True)[1].astype(np.int64)
     return cameras[: len(query_paths)], cameras[len(query_paths) :]
@@ -123,16 +125,16 @@ def _read(path: Path, archive=None, name: str = "", mmap_mode: str | None = None
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False) if archive is None else archive[name]
     except Exception as error:  # a damaged file makes numpy and zipfile raise anything
         what = f"{name} in {path}" if name else f"{path}"
-        raise ValueError(
+        raise UserError(
             f"Cannot read {what}: it is damaged, or no plain array of numbers or text (pickled objects are refused)."
         ) from error
 
 
 def _check(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """The arrays are there and fit together, or a ValueError says which does not."""
+    """The arrays are there and fit together, or a UserError says which does not."""
     missing = [name for name in Features._fields if name not in arrays and name not in OPTIONAL]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: features are {', '.join(Features._fields)}.")
+        raise UserError(f"{path} lacks {', '.join(missing)}: features are {', '.join(Features._fields)}.")
     for name, array in arrays.items():
         kinds, what = ("f", "numbers (float)") if name in ("query", "gallery") else ("iu", "integers")
         kinds, what = ("U", "text") if name in OPTIONAL else (kinds, what)
@@ -140,11 +142,11 @@ def _check(arrays: dict[str, np.ndarray], path: Path) -> None:
         known = array.dtype.kind in kinds and (kinds == "U" or array.dtype.itemsize <= 8)  # torch knows 64 bits at most
         if not known or array.ndim != (2 if kinds == "f" else 1) or array.shape[:1] != shape:
             table = "(rows, D)" if kinds == "f" else f"({shape[0] if shape else 'rows'},)"
-            raise ValueError(
+            raise UserError(
                 f"{name} in {path} must hold {what} of shape {table}, not {array.dtype} of shape {array.shape}."
             )
     if arrays["query"].shape[1] != arrays["gallery"].shape[1]:
-        raise ValueError(
+        raise UserError(
             f"The embeddings in {path} differ in width: query {arrays['query'].shape}, gallery "
             f"{arrays['gallery'].shape}."
         )

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from utils.errors import UserError
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it.
@@ -42,14 +44,14 @@ def save_json(path: Path, content: dict) -> None:
 
 
 def load_json(path: Path, keys: Iterable[str] = ()) -> dict:
-    """ValueError in one sentence if it is no JSON object or lacks one of the keys."""
+    """UserError in one sentence if it is no JSON object or lacks one of the keys."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
+        raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     missing = sorted(key for key in keys if key not in content)
     if missing:
-        raise ValueError(f"{path} was not written by this version of train.py: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} was not written by this version of train.py: it lacks {', '.join(missing)}")
     return content

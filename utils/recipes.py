@@ -1,25 +1,26 @@
-"""Recipes: default values of train.py's flags, by recipe, by loss, by loss and data set. An explicit flag always wins.
+"""Recipes: default values of train.py's flags, by recipe, by data set and loss. An explicit flag always wins.
 
-`published` repeats the settings behind the published comparison, as far as flags can express them (README, "Recipes").
+`published` repeats the settings behind the published comparison, as far as flags can express them (results/README.md).
 `controlled` is one recipe for every loss: same batches, optimizer, schedule, epochs and augmentation; a row differs in
-the loss's own numbers only. `LOSS@DATASET` rows win over `LOSS` rows, these over the recipe's first row, `*`.
+the loss's own numbers only. The rows of a recipe, the later ones winning: `*`, `LOSS`, `*@DATASET`, `LOSS@DATASET`.
 
-`loss_args` holds constructor arguments, keyed `LOSS.ARGUMENT`; "398/steps" is divided by the number of training steps.
-`loss_weights` holds the weight of a term that the expression leaves unwritten.
+`loss_args` holds constructor arguments, keyed `LOSS.ARGUMENT`; those of `loss_args_by_steps` are divided by the number
+of training steps. `loss_weights` holds the weight of a term that the expression leaves unwritten.
 """
 
-import shlex
 from typing import Any
 
 RANDOM_32 = {"sampler": "random", "batch_size": 32}
+SMALL = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5, "milestones": [4]}
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "controlled": {
         "*": {"epochs": 60, "lr": 3.5e-4, "weight_decay": 5e-4, "sampler": "pk", "p": 16, "k": 4, "random_crop": False},
+        "*@synthetic": SMALL,
         # Where a row says nothing, the defaults of the loss files hold; not tuned here.
         "softmax+center": {"loss_weights": {"center": 5e-4}},  # reid-strong-baseline's weight
         # lambda = 1000 / (1 + gamma * step) reaches lambda_min = 5 half-way: gamma = (1000 / 5 - 1) / (steps / 2)
-        "sphereface": {"loss_args": {"sphereface.lambda_gamma": "398/steps"}},
+        "sphereface": {"loss_args_by_steps": {"sphereface.lambda_gamma": 398}},
         "arcface": {"loss_args": {"arcface.margin": 0.1}},  # the margin behind the published table's row
         # Chosen by benchmarks/tune.py on held-out training identities of the generated data set, at the quick size:
         # results/tuning/synthetic.jsonl. They hold for generated pedestrians only.
@@ -46,6 +47,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "seed": 1,
             **RANDOM_32,
         },
+        "*@synthetic": SMALL,
         "triplet": {"sampler": "pk", "p": 16, "k": 4, "milestones": [5, 20, 40]},
         # the published centers never moved and had no factor 1/2: 3e-5 there is 6e-5 here
         "softmax+center": {"loss_weights": {"center": 6e-5}},
@@ -66,51 +68,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def recipe_defaults(recipe: str, row: str, dataset: str) -> dict[str, Any]:
+def recipe_values(recipe: str, row: str, dataset: str) -> dict[str, Any]:
     """Flag values of a recipe for a loss (its row name, without weights) on a data set."""
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    rows = RECIPES[recipe]
-    values = {**rows["*"], **rows.get(row, {})}
-    for key, value in rows.get(f"{row}@{dataset}", {}).items():
-        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    values: dict[str, Any] = {}
+    for name in ("*", row, f"*@{dataset}", f"{row}@{dataset}"):
+        for key, value in RECIPES[recipe].get(name, {}).items():
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return values
-
-
-def resolve_loss_args(loss_args: dict[str, Any], num_steps: int) -> list[str]:
-    """A recipe's `loss_args` as `KEY=VALUE` strings, with what depends on the number of training steps worked out."""
-    values = {}
-    for key, value in loss_args.items():
-        if isinstance(value, str) and value.endswith("/steps"):
-            value = float(value.removesuffix("/steps")) / num_steps
-        values[key] = value
-    return [f"{key}={value!r}" for key, value in values.items()]
-
-
-def show_flags(args: dict[str, Any], loss_args: list[str]) -> str:
-    """What --show-recipe prints: all flags but those of the machine, as one would type them.
-
-    loss_args: explicit ones, beside those of args (of a recipe: a dict; of a run that began: a list). What depends on
-    the number of training steps can't be typed: it follows in a line of its own.
-    """
-    own = args["loss_args"]
-    own = [f"{key}={value}" for key, value in own.items()] if isinstance(own, dict) else own
-    by_steps = [pair for pair in own if pair.endswith("/steps")]
-    typed = {**args, "loss_args": [pair for pair in own if pair not in by_steps] + loss_args}
-    left_out = ["recipe", "device", "workers", *(["p", "k"] if args["sampler"] == "random" else [])]
-    line = command_line({key: value for key, value in typed.items() if key not in left_out})
-    return "\n".join([line, *(f"# {pair}: the recipe's, worked out when the steps are counted" for pair in by_steps)])
-
-
-def command_line(args: dict[str, Any]) -> str:
-    """Flags (by name; None and switches that are off left out) as one would type them."""
-    words = []
-    for key, value in args.items():
-        flag = f"--{key.replace('_', '-')}"
-        if value is True or (value is False and key == "random_crop"):  # the one switch that has an opposite
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)] if value or key == "milestones" else []  # without any: lr never falls
-        elif value is not False and value is not None:
-            words += [flag, str(value)]
-    return shlex.join(words)

@@ -20,9 +20,14 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     torch.manual_seed(mixed)
 
 
-def set_determinism(deterministic: bool) -> None:
-    """deterministic: the same bits on every run of one GPU, at some cost; otherwise cuDNN picks its fastest kernels."""
+def set_backends(deterministic: bool, tf32: bool | None = None) -> None:
+    """deterministic: the same bits on every run of one GPU, at some cost; otherwise cuDNN picks its fastest kernels.
+
+    tf32: whether float32 products of a GPU may round to TF32; None: PyTorch's own, convolutions only.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it set before its first call
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = tf32 is not False
+    torch.backends.cuda.matmul.allow_tf32 = tf32 is True
