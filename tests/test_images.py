@@ -188,7 +188,7 @@ def test_normalise_by_hand():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_memory_limits_of_containers_count(tmp_path, version):
-    """An outer group allows 1000 bytes, of which 700 are used, 300 of them cached files; the inner one sets no limit."""
+    """An outer group allows 1000 bytes and uses 700, 300 of them for cached files; the inner one has no limit."""
     proc, root = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "self/cgroup").write_text("0::/job/step\n" if version == 2 else "9:cpu:/\n4:memory:/job/step\n0::/\n")
