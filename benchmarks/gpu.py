@@ -45,7 +45,7 @@ import losses  # noqa: E402
 import train  # noqa: E402
 from benchmarks.evaluator import SIZES, by_sort, product  # noqa: E402
 from benchmarks.losses import milliseconds as in_turns  # noqa: E402
-from benchmarks.losses import one_step, peak_mib, synchronize  # noqa: E402
+from benchmarks.losses import one_step, synchronize  # noqa: E402
 from benchmarks.machine import RESULTS, machine_name, write_result  # noqa: E402
 from data.images import TrainingImages, augment, default_workers, normalise  # noqa: E402
 from data.market1501 import FOLDERS, market1501  # noqa: E402
@@ -86,6 +86,18 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
+def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """The most memory of the GPU that a call holds on top of what was there; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 2)
+
+
 def use_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
@@ -108,8 +120,9 @@ def check(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
 # ------------------------------------------------------------------------------------------------------------ evaluator
 
 
-def draw_embeddings(device: torch.device, D: int, Q: int, G: int, people: int, cameras: int, strange: int, noise: float):
-    """The six arrays of rank_metrics as benchmarks/evaluator.py makes them, but on the device, where it takes seconds."""
+def draw_embeddings(device: torch.device, D: int, size: tuple) -> list[Tensor]:
+    """The six arrays of rank_metrics as benchmarks/evaluator.py makes them, on the device, where it takes seconds."""
+    Q, G, people, cameras, strange, noise = size
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -153,9 +166,10 @@ def torchreids_way(query, query_pids, query_camids, gallery, gallery_pids, galle
 
 def time_ranking(size: str, numbers: tuple, D: int, device: torch.device) -> list[dict]:
     """A row for each way, in turns; TF32 is allowed in the product that says so, and nowhere else."""
-    arrays = draw_embeddings(device, D, *numbers)
+    arrays = draw_embeddings(device, D, numbers)
     synchronize(device)
     say(f"{size}: embeddings are drawn")
+    ids_on_cpu = [array if array.is_floating_point() else array.cpu() for array in arrays]  # as evaluate.py has them
     ways = {"product alone": product, "product alone, TF32": product, "rank_metrics": rank_metrics}
     ways |= {"a sort on the device": by_sort} | ({"torchreid's way": torchreids_way} if size == "market" else {})
     times, found, rows = {way: [] for way in ways}, {}, []
@@ -164,7 +178,7 @@ def time_ranking(size: str, numbers: tuple, D: int, device: torch.device) -> lis
             if sum(times[way]) < 2000:
 
                 def once(way=way, call=call) -> None:
-                    found[way] = call(*arrays) or {}
+                    found[way] = call(*(ids_on_cpu if call is rank_metrics else arrays)) or {}
 
                 use_tf32("TF32" in way)
                 elapsed = milliseconds(once, device)
@@ -177,7 +191,7 @@ def time_ranking(size: str, numbers: tuple, D: int, device: torch.device) -> lis
             "size": size, "query": numbers[0], "gallery": numbers[1], "dim": D, "way": way,
             "milliseconds": round(median, 3), "min": round(min(times[way]), 3), "max": round(max(times[way]), 3),
             "n": len(times[way]), "times_product": round(median / alone, 3),
-            "extra_mib": round(peak_mib(lambda: call(*arrays), device), 1),  # noqa: B023
+            "extra_mib": peak_mib(lambda: call(*arrays), device),  # noqa: B023
             "metrics": metrics, "largest_difference": max((abs(metrics[k] - mine[k]) for k in metrics), default=0.0),
         })  # fmt: skip
     say(f"{size}: rank_metrics {statistics.median(times['rank_metrics']):.1f} ms")
@@ -192,7 +206,8 @@ def evaluator(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
         write({"goals_ms": GOALS, "rows": rows})
     lines = [[*(row[key] for key in ("size", "way", "milliseconds", "times_product", "extra_mib")),
               row["metrics"].get("mAP")] for row in rows]  # fmt: skip
-    table = tabulate(lines, ["size", "way", "ms", "x product", "extra MiB", "mAP"], floatfmt=("", "", ".1f", ".2f", ".0f"))
+    headers = ["size", "way", "ms", "x product", "extra MiB", "mAP"]
+    table = tabulate(lines, headers, floatfmt=("", "", ".1f", ".2f", ".0f", ".4f"))
     for row in rows:
         if row["way"] == "rank_metrics" and row["size"] in GOALS and not args.small:
             met = "met" if row["milliseconds"] < GOALS[row["size"]] else "missed"
@@ -391,7 +406,7 @@ def time_losses(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
             rows.append({"loss": name, "batch_size": B, "dim": D, "num_classes": C, "milliseconds": on_device,
                          "milliseconds_with_launches": round(alone, 4),
                          "share_of_step": round(on_device["median"] / network, 4),
-                         "peak_mib": round(peak_mib(step, device), 2)})  # fmt: skip
+                         "peak_mib": peak_mib(step, device)})  # fmt: skip
     what = f"{arch} {size[0]}x{size[1]} bfloat16, batch {B}"
     write({"step": what, "step_milliseconds": round(network, 3), "rows": rows})
     lines = [[r["loss"], r["num_classes"], r["milliseconds"]["median"], r["milliseconds_with_launches"],
@@ -407,10 +422,9 @@ def time_reranking(args: argparse.Namespace, write: Callable[[dict], None]) -> s
     try:
         from utils import reranking
     except ImportError:
-        write({"rows": []})
         return "utils/reranking.py does not exist: skipped"
     device = torch.device(args.device)
-    arrays = draw_embeddings(device, 64 if args.small else 2048, *(SMALL_SIZES if args.small else SIZES)["Market"])
+    arrays = draw_embeddings(device, 64 if args.small else 2048, (SMALL_SIZES if args.small else SIZES)["market"])
     query, gallery = arrays[0], arrays[3]
     times = [milliseconds(lambda: reranking.rerank(query, gallery), device) for _ in range(4)][1:]
     peak = peak_mib(lambda: reranking.rerank(query, gallery), device)
@@ -432,7 +446,8 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
     num_ids, thirds = 20 if args.small else 751, [str(math.ceil(epochs * part / 3)) for part in (1, 2)]
     flags = {"dataset": "synthetic", "synthetic-ids": num_ids, "data-dir": data_dir, "arch": arch, "weights": "none",
              "height": H, "width": W, "epochs": epochs, "workers": 2, "device": args.device}  # fmt: skip
-    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)] + ["--amp", "--milestones", *thirds]
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    words += ["--amp", "--milestones", *thirds]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     waiting, running, slowest = list(jobs), {}, 0.0
     try:
@@ -468,9 +483,8 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
 
 
 def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
-    rows = list(ROWS)[:3] if args.small else list(ROWS)
+    rows = list(ROWS)[:2] if args.small else list(ROWS)
     deadline = START + args.seconds - 10
-    out = args.out / "runs"
     found: dict[str, dict[int, dict]] = {row: {} for row in rows}
     epochs = 1 if args.small else args.comparison_epochs
     with tempfile.TemporaryDirectory() as folder:
@@ -493,6 +507,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
         jobs = [(row, seed) for seed in range(seeds) for row in rows]
         for row, seed, run_dir, seconds in wave(jobs, epochs, args, data_dir, folder, deadline):
             found[row][seed] = json.loads(collect(run_dir, args.out).read_text())
+            shutil.rmtree(run_dir)
             scores = {key: found[row][seed][key] for key in ("rank1", "mAP")}
             say(f"{row}, seed {seed}: rank-1 {scores['rank1']:.1%}, mAP {scores['mAP']:.1%}, {seconds:.0f} s")
             runs = {row: {seed: {key: run[key] for key in ("rank1", "mAP", "seconds")} for seed, run in by_seed.items()}
@@ -506,7 +521,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
     table = tabulate(lines, ["loss", "seeds", "rank-1", "mAP"], floatfmt=".1f")
     if not any(found.values()):
         raise RuntimeError("no training ended in time")
-    return f"{table}\n{epochs} epochs, {args.jobs} trainings at a time; runs in {out.name}/"
+    return f"{table}\n{epochs} epochs, {args.jobs} trainings at a time; runs in runs/"
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -574,7 +589,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("there is no GPU: --device cpu --small tries every line without one")
     deadline, texts, fine = START + 60 * args.minutes, {}, True
     for number, part in enumerate(args.parts):
-        share = SHARES[part] / sum(SHARES[other] for other in args.parts[number:])
+        share = 1 if args.small else SHARES[part] / sum(SHARES[other] for other in args.parts[number:])
         seconds = (deadline - time.perf_counter()) * share
         say(f"---- {part}: at most {seconds:.0f} s")
         with tempfile.TemporaryDirectory() as folder:

@@ -42,6 +42,8 @@ def cuda():
     yield torch.device(name)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     set_determinism(False)
+    if name == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
@@ -251,13 +253,14 @@ def test_training_never_waits_for_the_device_between_two_looks_at_the_loss(train
     watched, batches = [], TrainingImages.batches
 
     def watched_batches(self, order, seed, epoch):
-        for step, images in enumerate(batches(self, order, seed, epoch)):
-            if 0 < step < len(order) - 1:  # the loop's body runs while this waits at its yield
+        source = batches(self, order, seed, epoch)
+        for step in range(len(order)):
+            if 0 < step < len(order) - 1:
                 watched.append(step)
                 with no_synchronisation(cuda):
-                    yield images
+                    yield next(source)  # the loop's body runs while this waits here
             else:
-                yield images
+                yield next(source)
 
     monkeypatch.setattr(TrainingImages, "batches", watched_batches)
     train.main(train_flags("run", "--loss", "softmax+triplet", "--epochs", 2))
