@@ -18,6 +18,7 @@ warm-up, random numbers; float32 is whole float32 unless TF32 is named.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -288,6 +289,7 @@ def real_epochs(flags: list[str], run_dir: Path, epochs: int, device: torch.devi
         saving.append(time.perf_counter() - start)
 
     torch.compiler.reset()  # as in a new process
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -351,6 +353,7 @@ def training(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
                 if cache == "auto":
                     bare = bare_step(arch, (H, W), p, C, precision == "bfloat16", compiled, device)
                     seconds, stages = time_bare_loop(bare, steps, device)
+                    del bare  # its memory is not the next row's
                     data = time_data([record.path for record in records], (H, W), 4 * p, args.workers, device)
                     decoded = data.pop("decoded_images_per_second")
                     row |= {"bare_images_per_second": round(4 * p / seconds, 1), "stages_ms": {**data, **stages},
