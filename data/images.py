@@ -13,7 +13,7 @@ import functools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,30 +56,52 @@ def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         raise BadImage(f"{path} can't be read as an image: {reason}") from None
 
 
+def default_workers() -> int:
+    """Threads that decode, unless a flag says otherwise: the cores this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)  # Python's own lock holds back more
+
+
 def decode_batches(
-    batches: Iterable[Sequence[Path]], sizes: Sequence[tuple[int, int]], workers: int
+    batches: Iterable[Sequence[Path]], sizes: Sequence[tuple[int, int]], workers: int, pinned: bool = False
 ) -> Iterator[list[Tensor]]:
     """For each batch of paths a list with one uint8 tensor (B, height, width, 3) per size, in order.
 
     `workers` threads decode up to two batches ahead of the one being used; 0 decodes in the calling thread.
+    pinned: the tensors lie in page-locked memory, from which a GPU copies while the program goes on.
     """
 
-    def stack(images: list[list[np.ndarray]]) -> list[Tensor]:
-        return [torch.from_numpy(np.stack(same_size)) for same_size in zip(*images, strict=True)]
+    def empty(paths: Sequence[Path]) -> list[Tensor]:
+        return [torch.empty(len(paths), h, w, 3, dtype=torch.uint8, pin_memory=pinned) for h, w in sizes]
+
+    def fill(images: list[Tensor], row: int, path: Path) -> None:
+        for same_size, pixels in zip(images, decode(path, sizes), strict=True):
+            same_size.numpy()[row] = pixels
 
     if workers == 0:
         for paths in batches:
-            yield stack([decode(path, sizes) for path in paths])
+            images = empty(paths)
+            for row, path in enumerate(paths):
+                fill(images, row, path)
+            yield images
         return
+
+    def finished(images: list[Tensor], futures: list[Future]) -> list[Tensor]:
+        for future in futures:
+            future.result()  # raises what the thread raised
+        return images
+
     executor = ThreadPoolExecutor(workers)
     try:
         pending = deque()
         for paths in batches:
-            pending.append([executor.submit(decode, path, sizes) for path in paths])
+            images = empty(paths)
+            pending.append((images, [executor.submit(fill, images, row, path) for row, path in enumerate(paths)]))
+            del images  # a batch lives as long as it is used
             if len(pending) > 2:
-                yield stack([future.result() for future in pending.popleft()])
+                yield finished(*pending.popleft())
         while pending:
-            yield stack([future.result() for future in pending.popleft()])
+            yield finished(*pending.popleft())
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -115,16 +137,44 @@ def augment(images: Tensor, enlarged: Tensor | None, draws: Tensor) -> Tensor:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes free on a CUDA device, or available to programs in main memory."""
+    """Bytes free on a CUDA device, or available to this process in main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         if hasattr(os, "sysconf"):
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         return 4 * 2**30  # Windows does not tell
+    return max(min([free, *_room_in_control_groups()]), 0)
+
+
+def _room_in_control_groups(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left under each memory limit of this process (a container, a batch system), cached files not counted.
+
+    Version 2: memory.max and memory.current; version 1: memory/memory.limit_in_bytes and memory.usage_in_bytes.
+    """
+    try:
+        lines = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    rooms = []
+    for _, controllers, name in lines:
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = top / name.lstrip("/")
+        for place in (group, *group.parents[: len(group.parts) - len(top.parts)]):  # an outer limit holds, too
+            try:
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                cached = int(stat["total_inactive_file" if controllers else "inactive_file"])
+                most, used = (int((place / f"memory.{what}").read_text()) for what in (limit, usage))
+            except (OSError, ValueError, KeyError):  # no limit ("max"), or no such group in this container
+                continue
+            rooms.append(most - used + cached)
+    return rooms
 
 
 def find_bad_images(paths: Sequence[Path], workers: int) -> dict[int, str]:
@@ -175,11 +225,11 @@ class TrainingImages:
         self.stores = [torch.empty(len(self.paths), h, w, 3, dtype=torch.uint8, device=place) for h, w in self.sizes]
         chunks = [self.paths[start : start + 256] for start in range(0, len(self.paths), 256)]
         with tqdm(total=len(self.paths), desc="decoding", unit="image", leave=False, disable=None) as bar:
-            for chunk, start in zip(
-                decode_batches(chunks, self.sizes, self.workers), range(0, len(self.paths), 256), strict=True
-            ):
+            start = 0
+            for chunk in decode_batches(chunks, self.sizes, self.workers, pinned=place.type == "cuda"):
                 for store, images in zip(self.stores, chunk, strict=True):
-                    store[start : start + len(images)] = images.to(place)
+                    store[start : start + len(images)].copy_(images, non_blocking=True)
+                start += len(chunk[0])
                 bar.update(len(chunk[0]))
 
     def batches(self, order: Tensor, seed: int, epoch: int) -> Iterator[Tensor]:
@@ -194,20 +244,22 @@ class TrainingImages:
             yield normalise(augment(images[0], images[1] if len(images) > 1 else None, draws[step]))
 
     def _raw_batches(self, order: Tensor) -> Iterator[list[Tensor]]:
+        pinned = self.device.type == "cuda"
         if self.stores is None:
             batches = ([self.paths[i] for i in step] for step in order.tolist())
-            for images in decode_batches(batches, self.sizes, self.workers):
-                yield [_to_device(size, self.device) for size in images]
-        else:
-            order = order.to(self.stores[0].device)
-            for step in order:
-                yield [_to_device(store.index_select(0, step), self.device) for store in self.stores]
-
-
-def _to_device(images: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and images.device.type == "cpu":
-        images = images.pin_memory()  # else the copy would wait for the device
-    return images.to(device, non_blocking=True)
+            for images in decode_batches(batches, self.sizes, self.workers, pinned):
+                yield [size.to(self.device, non_blocking=True) for size in images]
+            return
+        place = self.stores[0].device
+        for step in order.to(place):
+            if place == self.device:
+                yield [store.index_select(0, step) for store in self.stores]
+            else:
+                shapes = [(len(step), *store.shape[1:]) for store in self.stores]
+                images = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes]
+                for store, out in zip(self.stores, images, strict=True):
+                    torch.index_select(store, 0, step, out=out)
+                yield [out.to(self.device, non_blocking=True) for out in images]
 
 
 def stream_images(
@@ -215,5 +267,5 @@ def stream_images(
 ) -> Iterator[Tensor]:
     """Normalised batches (B, 3, H, W) of all images in order, the last one short; keeps none of them."""
     chunks = (paths[start : start + batch_size] for start in range(0, len(paths), batch_size))
-    for (images,) in decode_batches(chunks, [(height, width)], workers):
-        yield normalise(_to_device(images, device))
+    for (images,) in decode_batches(chunks, [(height, width)], workers, pinned=device.type == "cuda"):
+        yield normalise(images.to(device, non_blocking=True))

@@ -6,7 +6,16 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data.images import BadImage, TrainingImages, augment, decode, find_bad_images, normalise, stream_images
+from data.images import (
+    BadImage,
+    TrainingImages,
+    _room_in_control_groups,
+    augment,
+    decode,
+    find_bad_images,
+    normalise,
+    stream_images,
+)
 
 CPU = torch.device("cpu")
 
@@ -175,3 +184,20 @@ def test_normalise_by_hand():
     """Pixel 255 in every channel: (1 - mean) / std."""
     pixel = normalise(torch.full((1, 1, 1, 3), 255, dtype=torch.uint8)).flatten()
     torch.testing.assert_close(pixel, torch.tensor([2.2489, 2.4286, 2.6400]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_limits_of_containers_count(tmp_path, version):
+    """An outer group allows 1000 bytes and uses 700, 300 of them for cached files; the inner one has no limit."""
+    proc, root = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self/cgroup").write_text("0::/job/step\n" if version == 2 else "9:cpu:/\n4:memory:/job/step\n0::/\n")
+    outer = root / "job" if version == 2 else root / "memory" / "job"
+    (outer / "step").mkdir(parents=True)
+    for folder, limit in [(outer, "1000"), (outer / "step", "max" if version == 2 else str(2**60))]:
+        (folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")).write_text(f"{limit}\n")
+        (folder / ("memory.current" if version == 2 else "memory.usage_in_bytes")).write_text("700\n")
+        (folder / "memory.stat").write_text(f"anon 400\n{'' if version == 2 else 'total_'}inactive_file 300\n")
+    assert min(_room_in_control_groups(proc, root)) == 600
+    assert _room_in_control_groups(tmp_path / "nowhere", root) == []
+    assert _room_in_control_groups(proc, tmp_path / "nowhere") == []
