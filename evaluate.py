@@ -27,8 +27,8 @@ from data.records import Record, Split
 from models import build_model
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
 from utils.environment import find_device
-from utils.features import Features, load_features, path_cameras, save_features
 from utils.errors import UserError, user_input
+from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
 from utils.flags import DEFAULTS, load_args, number
 from utils.ranking import rank_metrics

@@ -28,7 +28,7 @@ from evaluate import METRICS, embed_split, metrics_table, score
 from losses import build_loss, row_name
 from models import build_model
 from utils.checkpoint import check_writable, locked, resume_run, save_checkpoint, save_log
-from utils.environment import change_of, digest_of_names, environment, find_device
+from utils.environment import change_of, check_bfloat16, digest_of_names, environment, find_device
 from utils.errors import UserError, user_input
 from utils.files import load_json, save_json
 from utils.flags import FREE, SCORING, build_parser, count_steps, new_run, resumed_run, run_name, show_flags
@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     row = row_name(args["loss"])
     device = find_device(args["device"])
+    if args["amp"]:
+        check_bfloat16(device)
     check_writable(run_dir)
     set_backends(args["deterministic"], args["tf32"])
 
@@ -119,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.Adam(groups, weight_decay=args["weight_decay"], fused=True)
     first_rates = [group["lr"] for group in groups]
     forward = torch.compile(model) if args["compile"] else model
-    images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device,
-                               random_crop=args["random_crop"], cache=args["cache"], workers=args["workers"])  # fmt: skip
+    how = {key: args[key] for key in ("random_crop", "cache", "workers")}
+    images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **how)
 
     # ----------------------------------------------------------------------------------------------------------- train
     def evaluate() -> dict:
@@ -197,8 +199,9 @@ def main(argv: list[str] | None = None) -> None:
             if due or epoch + 1 == args["epochs"]:
                 save(epoch + 1)
                 saved, saved_at = epoch + 1, time.monotonic()
+            speed = f"{line['images_per_second']:.0f} images/s"
             scores = f", rank-1 {line['rank1']:.1%}, mAP {line['mAP']:.1%}" if "mAP" in line else ""
-            print(f"epoch {epoch + 1}/{args['epochs']}: loss {mean:.4f}, {line['images_per_second']:.0f} images/s{scores}")
+            print(f"epoch {epoch + 1}/{args['epochs']}: loss {mean:.4f}, {speed}{scores}")
             stop_if_asked(saved)
 
         # ---------------------------------------------------------------------------------------------------- evaluate

@@ -55,7 +55,7 @@ from losses import LOSSES, build_loss  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.ranking import rank_metrics  # noqa: E402
 from utils.results import collect  # noqa: E402
-from utils.seed import set_determinism  # noqa: E402
+from utils.seed import set_backends  # noqa: E402
 
 SHARES = {"check": 100, "evaluator": 50, "training": 160, "losses": 25, "reranking": 25, "comparison": 300}  # of time
 ROWS = getattr(losses, "ROWS", None) or losses.TWELVE  # of the results table
@@ -391,7 +391,7 @@ def time_losses(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
     device, rows = torch.device(args.device), []
     B, D = (8, 16) if args.small else (64, 2048)
     arch, size = ("resnet18", (64, 32)) if args.small else ("resnet50", (256, 128))
-    set_determinism(False)
+    set_backends(False)
     repeats = 3 if args.small else 30
     network = 1000 * time_bare_loop(bare_step(arch, size, B // 4, 751, True, False, device), repeats, device)[0]
     say(f"a bfloat16 step of {arch} takes {network:.2f} ms")

@@ -57,7 +57,7 @@ from data.records import Record  # noqa: E402
 from data.synthetic import generate  # noqa: E402
 from losses import build_loss  # noqa: E402
 from models import build_model  # noqa: E402
-from utils.seed import set_determinism  # noqa: E402
+from utils.seed import set_backends  # noqa: E402
 
 TRAIN, BARE, NCHW, PEER = "train.py", "bare loop", "bare loop, NCHW", "the way torchreid does it"
 SIZES = {"resnet18": (128, 64), "resnet50": (256, 128)}  # height, width: the README's quick flags and the defaults
@@ -335,7 +335,7 @@ def peak_memory(device: torch.device) -> float:
 
 def measure_peer_memory(job: Job) -> float:
     """MiB of torchreid's way, its workers not counted; in a process of its own."""
-    set_determinism(False)  # as in the timed loop
+    set_backends(False)  # as in the timed loop
     records = pick(market1501(job.images, check_counts=False).train, 2 * job.p * K)
     peer_loop(build_peer(job, records), steps=2)
     return peak_memory(torch.device(job.device))

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.seed import mix_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB, for pixels in 0..1
@@ -30,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")  # told by the content; Pillow k
 MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it only warns: a "decompression bomb"
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image file that can't be decoded; says which and why in one sentence."""
 
 

@@ -1,14 +1,24 @@
 """A tiny data set in Market's layout for the tests that train: PNG files, so that no JPEG library changes a pixel."""
 
+import contextlib
+import signal
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+
+import evaluate
+import models
+import train
+from models.backbone import GlobalAveragePool, build_model
 
 torch.set_num_threads(1)
 
 QUICK = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--workers", "1",
-         "--device", "cpu"]  # fmt: skip
+         "--save-every", "0", "--device", "cpu"]  # fmt: skip
 
 
 def write_tiny_market(root, num_ids=6, images_per_camera=3, num_cameras=3):
@@ -38,3 +48,38 @@ def flags(tiny_market, tmp_path):
     """train.py's flags for a run of seconds: 6 people, 54 images, 3 steps an epoch."""
     return ["--dataset", "market", "--data-dir", str(tiny_market), *QUICK, "--p", "4", "--k", "4",
             "--run-dir", str(tmp_path / "run")]  # fmt: skip
+
+
+def small_model(arch, weights="none"):
+    """In the place of build_model: one convolution, wider for another arch. The real one reads files of weights."""
+    if weights not in ("none", "imagenet"):
+        return build_model(arch, weights)
+    width = {"resnet18": 64, "resnet34": 96}[arch]
+    layers = {"conv1": nn.Conv2d(3, width, 7, stride=4, padding=3, bias=False), "bn1": nn.BatchNorm2d(width)}
+    model = nn.Sequential(OrderedDict([*layers.items(), ("pool", GlobalAveragePool())]))
+    model.embedding_dim = width
+    return model
+
+
+@contextlib.contextmanager
+def small_models():
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (train, evaluate, models):
+            patch.setattr(place, "build_model", small_model)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """train.main takes the signals over: every test gives them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def small_network():
+    """Trainings of a network of two layers: a run takes a fraction of a second."""
+    with small_models():
+        yield

@@ -18,22 +18,19 @@ import shutil
 import signal
 import sys
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import evaluate
-import models
 import train
 from benchmarks.kill import differences, finished_epochs, kill_at
 from benchmarks.machine import write_result
 from data.images import BadImage, decode
-from models.backbone import GlobalAveragePool, build_model
+from models.backbone import build_model
 from utils.checkpoint import check_fit, load_checkpoint, load_log, locked, save_checkpoint, save_log
 from utils.features import Features, load_features, save_features
 from utils.files import load_json, save_json, write_atomically
@@ -43,33 +40,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # the tiny set
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def small_model(arch, weights="none"):
-    """In the place of build_model: one convolution, wider for another arch. The real one reads files of weights."""
-    if weights not in ("none", "imagenet"):
-        return build_model(arch, weights)
-    width = {"resnet18": 64, "resnet34": 96}[arch]
-    layers = {"conv1": nn.Conv2d(3, width, 7, stride=4, padding=3, bias=False), "bn1": nn.BatchNorm2d(width)}
-    model = nn.Sequential(OrderedDict([*layers.items(), ("pool", GlobalAveragePool())]))
-    model.embedding_dim = width
-    return model
-
-
-@contextlib.contextmanager
-def small_models():
-    with pytest.MonkeyPatch.context() as patch:
-        for place in (train, evaluate, models):
-            patch.setattr(place, "build_model", small_model)
-        yield
-
-
 @pytest.fixture(autouse=True)
-def surroundings():
-    """The small network; and train.main takes the signals over: every test gives them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with small_models():
-        yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def surroundings(small_network):
+    """Every test trains the small network."""
 
 
 def run(*flags):
@@ -133,7 +106,7 @@ def run_killed_after(epochs, monkeypatch, *flags):
 @pytest.fixture(scope="module")
 def whole(tiny_market, tmp_path_factory):
     """The run that nothing happens to, and its flags but for --run-dir. Three epochs of three steps."""
-    from conftest import QUICK
+    from conftest import QUICK, small_models
 
     flags = ["--loss", "softmax+center", "--epochs", 3, "--eval-every", 1, "--dataset", "market", "--data-dir"]
     flags += [tiny_market, *QUICK, "--p", 4, "--k", 4]

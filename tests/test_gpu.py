@@ -22,7 +22,7 @@ import train
 from data.images import TrainingImages
 from losses import LOSSES, build_loss
 from utils.ranking import rank_metrics
-from utils.seed import set_determinism
+from utils.seed import set_backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Market-1501 in")]
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ def cuda():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield torch.device(name)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    set_determinism(False)
+    set_backends(False)
     if name == "cuda":
         torch.cuda.set_sync_debug_mode("default")
 
@@ -119,7 +119,7 @@ def test_losses_never_wait_for_the_device(cuda, expression):
 
 @pytest.mark.parametrize("expression", [*LOSSES, *SUMS])
 def test_losses_give_the_same_bits_again_with_deterministic(cuda, expression):
-    set_determinism(True)
+    set_backends(True)
     embeddings, labels = batch(cuda)
     first, second = (value_and_gradients(build(expression, cuda), embeddings, labels) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

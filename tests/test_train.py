@@ -1,5 +1,6 @@
 """train.py and evaluate.py, for real, on a tiny data set: run folder, resuming, stopping, flags."""
 
+import itertools
 import json
 import os
 import re
@@ -64,7 +65,7 @@ def test_a_run_from_images_to_metrics(flags, tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_features_saved_and_scored_without_the_network(flags, tmp_path, capsys):
+def test_features_saved_and_scored_without_the_network(small_network, flags, tmp_path, capsys):
     run("--loss", "softmax", "--epochs", 0, *flags)
     expected = json.loads((tmp_path / "run" / "result.json").read_text())["mAP"]
     for target in ("features.npz", "features"):
@@ -80,7 +81,7 @@ def test_training_learns(flags, tmp_path):
     assert len(log) == 10 and log[-1]["loss"] < log[0]["loss"] / 4
 
 
-def test_same_seed_same_weights_other_seed_others(flags, tmp_path):
+def test_same_seed_same_weights_other_seed_others(small_network, flags, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("--loss", "triplet", "--epochs", 1, *flags, "--run-dir", tmp_path / name, "--seed", seed)
     a, b, c = (read_state(tmp_path / name) for name in "abc")
@@ -94,7 +95,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("loss", ["softmax+center", "sphereface"])
 @pytest.mark.parametrize("moment", ["before any checkpoint", "after a log line", "after a checkpoint", "at the end"])
-def test_a_resumed_run_is_the_uninterrupted_one(flags, tmp_path, monkeypatch, loss, moment):
+def test_a_resumed_run_is_the_uninterrupted_one(small_network, flags, tmp_path, monkeypatch, loss, moment):
     """Weights, centers, SphereFace's step, log and result are equal bit for bit."""
     run("--loss", loss, "--epochs", 3, "--eval-every", 1, *flags, "--run-dir", tmp_path / "whole")
     save, calls = train.save_checkpoint, []
@@ -162,7 +163,7 @@ def test_resuming_a_finished_run_prints_its_result(flags, tmp_path, capsys):
     assert "(finished)" in capsys.readouterr().out
 
 
-def test_resume_refuses_a_contradicting_flag(flags, tmp_path, capsys):
+def test_resume_refuses_a_contradicting_flag(small_network, flags, tmp_path, capsys):
     run("--loss", "softmax", "--epochs", 0, *flags)
     for flag, value, before in [("--lr", 0.01, 0.00035), ("--epochs", 5, 0), ("--loss", "triplet", "softmax")]:
         with pytest.raises(SystemExit) as stopped:
@@ -172,7 +173,7 @@ def test_resume_refuses_a_contradicting_flag(flags, tmp_path, capsys):
     run("--resume", "--run-dir", tmp_path / "run", "--workers", 2)  # changes no number
 
 
-def test_an_existing_run_folder_stops_the_script(flags, tmp_path):
+def test_an_existing_run_folder_stops_the_script(small_network, flags, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="exists: go on with it"):
         run("--loss", "softmax", *flags)
@@ -180,13 +181,13 @@ def test_an_existing_run_folder_stops_the_script(flags, tmp_path):
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"not finite at epoch 1, step [123]: try a smaller --lr"):
+def test_a_loss_that_is_not_finite_stops_the_run(small_network, flags, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"not finite at epoch 1, step 1 to 3: try a smaller --lr"):
         run("--loss", "softmax", "--epochs", 2, "--lr", 1e30, *flags)
     assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / "result.json").exists()
 
 
-def test_the_first_bad_step_is_named_and_the_checkpoint_before_is_kept(flags, tmp_path, monkeypatch):
+def test_a_bad_epoch_is_named_and_the_checkpoint_before_is_kept(small_network, flags, tmp_path, monkeypatch):
     """The loss turns NaN at the second step of the second epoch."""
     build = train.build_loss
 
@@ -202,14 +203,44 @@ def test_the_first_bad_step_is_named_and_the_checkpoint_before_is_kept(flags, tm
         return loss_fn
 
     monkeypatch.setattr(train, "build_loss", build_failing)
-    with pytest.raises(FloatingPointError, match="epoch 2, step 2:"):
+    with pytest.raises(FloatingPointError, match="epoch 2, step 1 to 3: .* keeps the state after epoch 1"):
         run("--loss", "softmax", "--epochs", 3, *flags)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
     assert len(read_log(tmp_path / "run")) == 1
 
 
+def test_weights_that_are_not_finite_are_not_saved(small_network, flags, tmp_path, monkeypatch):
+    """The last step of the second epoch ruins the weights, which no loss has seen yet."""
+    step, calls = torch.optim.Adam.step, []
+
+    def ruin(self, *args):
+        step(self, *args)
+        calls.append(1)
+        if len(calls) == 6:
+            self.param_groups[0]["params"][0].data[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", ruin)
+    with pytest.raises(FloatingPointError, match="weights are not finite after epoch 2"):
+        run("--loss", "softmax", "--epochs", 3, *flags)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_checkpoints_by_the_minute(small_network, flags, tmp_path, monkeypatch, capsys):
+    """With --save-every 60 an epoch is saved once a minute has passed since the last save, and the last one always."""
+    clock, saved, save = itertools.count(0, 25), [], train.save_checkpoint
+
+    def noted(path, content):
+        saved.append(content["epoch"])
+        save(path, content)
+
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(train, "save_checkpoint", noted)
+    run("--loss", "softmax", "--epochs", 7, *flags, "--save-every", 60)
+    assert saved == [3, 6, 7]  # a look at the clock of 25 s at the start, after each epoch and after each save
+
+
 @pytest.mark.parametrize("row", TWELVE)
-def test_every_parameter_and_buffer_of_every_loss_moves(flags, tmp_path, row):
+def test_every_parameter_and_buffer_of_every_loss_moves(small_network, flags, tmp_path, row):
     """One epoch of three real steps: class weights, biases, centers and SphereFace's step all change."""
     if any(name not in LOSSES for name in row.split("+")):
         pytest.fail(f"{row} is missing from LOSSES")
@@ -221,14 +252,14 @@ def test_every_parameter_and_buffer_of_every_loss_moves(flags, tmp_path, row):
     assert not still
 
 
-def test_random_sampler_and_random_crop(flags, tmp_path):
+def test_random_sampler_and_random_crop(small_network, flags, tmp_path):
     flags = [flag for flag in flags if flag not in ("--p", "--k", "4")]
     run("--loss", "softmax", "--recipe", "published", "--epochs", 1, "--batch-size", 25, *flags)
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert args["sampler"] == "random" and args["random_crop"] and args["milestones"] == [20, 40]
 
 
-def test_held_out_identities(flags, tmp_path):
+def test_held_out_identities(small_network, flags, tmp_path):
     """A third of the six training identities is scored; the others are trained on."""
     flags = ["2" if before == "--p" else flag for before, flag in zip([None, *flags], flags, strict=False)]
     run("--loss", "softmax", "--eval-on", "val", "--epochs", 0, *flags)
@@ -238,7 +269,7 @@ def test_held_out_identities(flags, tmp_path):
     evaluate.main(["--run", str(tmp_path / "run")])
 
 
-def test_held_out_identities_that_are_no_query_are_listed(flags, tmp_path):
+def test_held_out_identities_that_are_no_query_are_listed(small_network, flags, tmp_path):
     """Nine training identities, three of them held out, one of these seen by one camera: in the gallery only."""
     root = write_tiny_market(tmp_path / "nine", num_ids=9)
     held_out = sorted({record.pid for record in holdout(market1501(root).train, 0).query})

@@ -22,7 +22,8 @@ def save_log(path: Path, log: list[dict]) -> None:
 def load_log(path: Path, num_epochs: int) -> list[dict]:
     """The lines of epochs 1 to num_epochs; a later one, of an epoch without a checkpoint, is left out."""
     try:
-        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:num_epochs]] if num_epochs else []
+        lines = path.read_text(encoding="utf-8").splitlines() if num_epochs else []
+        log = [json.loads(line) for line in lines[:num_epochs]]
         if [line["epoch"] for line in log] != list(range(1, num_epochs + 1)):
             raise ValueError
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -24,12 +24,12 @@ def find_device(name: str) -> torch.device:
 
 
 def check_bfloat16(device: torch.device) -> None:
-    """ValueError in one sentence on a CUDA card without bfloat16 units, where --amp would be slower than float32."""
+    """UserError in one sentence on a CUDA card without bfloat16 units, where --amp would be slower than float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 name = torch.cuda.get_device_name(device)
-                raise ValueError(f"--amp needs bfloat16 units, which {name} lacks: leave it out")
+                raise UserError(f"--amp needs bfloat16 units, which {name} lacks: leave it out")
 
 
 def digest_of_names(paths: Iterable[Path]) -> str:

@@ -1,12 +1,11 @@
 """train.py's flags, and how they become one dict: `new_run` and `resumed_run`. The loop never asks where one came from.
 
-A new run: DEFAULTS, over them the recipe's values (utils/recipes.py), over these the explicit flags. A resumed run: what
-its args.json holds; a flag that an older run lacks has its default, and only those of FREE and SCORING may change.
+A new run: DEFAULTS, over them the recipe's values (utils/recipes.py), over these the explicit flags. A resumed run:
+what its args.json holds; a flag that an older run lacks has its default, and only those of FREE and SCORING may change.
 """
 
 import argparse
 import math
-import os
 import re
 import shlex
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data import DATASETS
+from data.images import default_workers
 from losses import LOSSES, build_loss, describe_arguments, parse_expression, row_name, settable_arguments
 from losses import with_default_weights as with_weights
 from models import ARCHS
@@ -48,7 +48,7 @@ DEFAULTS = {
     "compile": False,
     "deterministic": False,
     "device": "cuda" if torch.cuda.is_available() else "cpu",
-    "workers": min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16),
+    "workers": default_workers(),
     "cache": "auto",
     "skip_bad_images": False,
     "seed": 0,
@@ -90,7 +90,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--skip-bad-images", action="store_true", help="go on without training images that can't be decoded")
     # model
     add("--arch", choices=ARCHS, help="backbone (default: resnet50; on synthetic: resnet18)")
-    add("--weights", help="imagenet, none, or the file of a torchvision state dict (default: imagenet; synthetic: none)")
+    add("--weights",
+        help="imagenet, none, or the file of a torchvision state dict (default: imagenet; on synthetic: none)")
     add("--height", type=number(int, most=4096), help="image height in pixels (default: 256; on synthetic: 128)")
     add("--width", type=number(int, most=4096), help="image width in pixels (default: 128; on synthetic: 64)")
     # recipe

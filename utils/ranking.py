@@ -191,7 +191,7 @@ def _rows(table, index: Tensor | slice, device: torch.device) -> Tensor:
 
 def _ids(device, num_query: int, num_gallery: int, *columns) -> list[Tensor]:
     """query_pids, query_camids, gallery_pids, gallery_camids as int64 on the device, checked."""
-    columns = [torch.as_tensor(column) for column in columns]
+    columns = [column if isinstance(column, Tensor) else torch.tensor(column) for column in columns]
     for column, length in zip(columns, (num_query, num_query, num_gallery, num_gallery), strict=True):
         if column.is_floating_point() or column.dtype == torch.bool or column.shape != (length,) or length == 0:
             raise ValueError("query_pids, query_camids, gallery_pids and gallery_camids must hold an integer for each "
