@@ -1,33 +1,35 @@
-"""Finished runs -> the results table, in markdown and CSV, and the figure.
+"""Finished runs -> the results table, in markdown and CSV.
 
-    python -m utils.results results/                                    # prints the table
-    python -m utils.results results/ --csv results.csv --figure results.png
-    python -m utils.results results/ --update README.md                 # the part between the two results markers
-    python -m utils.results results/ --collect runs/market_arcface_s0   # keep a finished run's numbers in results/runs
+    python -m utils.results                                 # your own runs, in runs/
+    python -m utils.results results                         # those of this repository
+    python -m utils.results results --csv results.csv --update results/README.md
+    python -m utils.results --collect runs/market_arcface_s0 --into results      # keep a finished run's numbers there
 
-A folder is searched for runs/*.json, *.json and */result.json, in this order: the first kind found is read, so that a
-folder of run folders works, too. Runs are grouped by data set and setting (recipe, backbone, image size, epochs, ...);
-within a group a row is a loss, and its runs may differ in nothing but the seed.
+A folder holds run folders (*/result.json) or collected runs (runs/*.json). Runs are grouped by setting: data set,
+recipe and every flag that differs from what the recipe gives the loss, however it was given. In a group a row is a
+loss, and its runs differ in the seed only.
 
-Statistics, over seeds: mean and 95 % interval (Student's t); every other loss against the one with the highest mean
-mAP by a paired t-test over their common seeds, the p values corrected for the number of comparisons by Holm (1979).
+Statistics, over seeds: mean and 95 % interval (Student's t); the published losses against the one of them with the
+highest mean mAP by a paired t-test over common seeds, the p values corrected for the number of comparisons by Holm; the
+later losses against the same one, with a correction of their own.
 """
 
 import argparse
 import csv
 import io
 import json
-import math
-import re
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.files import write_atomically, write_text
-from utils.recipes import command_line
+from losses import ROWS, row_name
+from utils.errors import UserError
+from utils.files import write_text
+from utils.flags import DEFAULTS, FREE, command_line, new_run
+from utils.statistics import LEVEL, holm, interval, paired_p
 
-# Rank-1 and mAP in percent of the published comparison: one run per cell. Also the order of the rows.
+# Rank-1 and mAP in percent of "Person re-identification based on deep metric learning": one run per cell.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "softmax": {"market": (82.3, 64.6), "duke": (72.6, 54.9)},
     "triplet": {"market": (77.9, 59.2), "duke": (70.4, 52.6)},
@@ -45,15 +47,9 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 NAMES = {"market": "Market-1501", "duke": "DukeMTMC-reID"}
 NOT_RUN = "not run"
 BEGIN, END = "<!-- results -->", "<!-- end -->"
-LEVEL = 0.05  # of the tests; the intervals are those of 1 - LEVEL
+LOCAL = ("data_dir", "run_dir", "val_pids")  # what belongs to one machine: never collected
 
-# What may differ between runs of one experiment, and what belongs to one machine: neither is part of a setting.
-SAME_EXPERIMENT = {"seed", "workers", "cache", "device", "eval_every", "compile", "deterministic"}
-LOCAL = {"data_dir", "run_dir", "val_pids"}
-
-# Without a finished run to go by, a training is assumed to take this long.
-ASSUMED_QUICK = (180, "3 minutes a run, for resnet18 at 128x64 on two CPU cores")
-ASSUMED = (1200, "20 minutes a run, for resnet50 at 256x128 on a recent GPU; without a GPU it is about a day")
+Groups = dict[str, dict[str, dict[int, dict]]]  # setting -> row -> seed -> run
 
 
 # ------------------------------------------------------------------------------------------------------- files to runs
@@ -84,90 +80,82 @@ def compact(result: dict) -> dict:
 
 
 def read_run(path: Path) -> dict:
-    """A finished run's JSON in its compact form. ValueError, in one sentence, if it is none."""
+    """A finished run's JSON in its compact form, flags that it lacks with their defaults. UserError if it is none."""
     try:
-        result = json.loads(path.read_text())
-        run = compact(result)
-        missing = [key for key in ("rank1", "mAP") if not isinstance(result.get(key), float)]
-        if missing:
-            raise KeyError(missing[0])
-        for key in ("dataset", "recipe", "seed", "arch", "weights", "height", "width", "epochs", "amp"):
-            run["args"][key]
+        run = compact(json.loads(path.read_text(encoding="utf-8")))
+        run["args"] = {**DEFAULTS, **run["args"]}
+        if not all(isinstance(run.get(key), float) for key in ("rank1", "mAP")):
+            raise KeyError("rank1 or mAP")
+        row_name(run["args"]["loss"])
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): remove it and collect the run again") from None
+        raise UserError(f"{path} can't be read as a run ({error}): remove it, or collect the run again") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the result of a finished run ({error!r}): remove it") from None
+        raise UserError(f"{path} is not the result of a finished run ({error!r}): remove it") from None
     return run
 
 
 def collect(run_dir: Path, folder: Path) -> Path:
     """Writes folder/runs/NAME.json, the compact form of run_dir/result.json (NAME: the run folder's name)."""
     if not (run_dir / "result.json").is_file():
-        raise FileNotFoundError(f"{run_dir} has no result.json: only a finished run can be collected")
+        raise UserError(f"{run_dir} has no result.json: only a finished run can be collected")
     run = read_run(run_dir / "result.json")
     path = folder / "runs" / f"{run_dir.resolve().name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in run.items()]
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")  # whole: experiments.sh takes it for a finished run
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
 
 
-def find_runs(folder: Path) -> list[Path]:
-    for pattern in ("runs/*.json", "*.json", "*/result.json"):
-        paths = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-        if paths:
-            return paths
-    return []
-
-
-def load_groups(folder: Path) -> dict[str, dict[str, dict[int, dict]]]:
-    """Setting -> row -> seed -> run, for all runs of a folder. ValueError if runs of one cell are not alike."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: pass the one that holds runs/*.json")
-    paths = find_runs(folder)
+def load_groups(folder: Path) -> Groups:
+    """All runs of a folder. Of two that agree in every flag one is left out, and said on stderr."""
+    paths = sorted(folder.glob("runs/*.json")) or sorted(folder.glob("*/result.json"))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no runs (runs/*.json): train some with experiments.sh first")
-    groups, sources = {}, {}
+        raise UserError(f"{folder} holds no finished runs (*/result.json or runs/*.json): train some first")
+    groups: Groups = {}
+    sources = {}
     for path in paths:
         run = read_run(path)
         setting, row, seed = describe(run["args"]), run["row"], run["args"]["seed"]
         cell = groups.setdefault(setting, {}).setdefault(row, {})
         if seed in cell:
             print(f"{path} is left out: the same run as {sources[setting, row, seed]}", file=sys.stderr)
-            continue
-        for other_seed, other in cell.items():
-            different = differing(run["args"], other["args"])
-            if different:
-                raise ValueError(
-                    f"{path} and {sources[setting, row, other_seed]} belong to one row, but differ in "
-                    f"{', '.join(different)}: remove those of the older setting, or give the flags explicitly"
-                )
-        cell[seed], sources[setting, row, seed] = run, path
+        else:
+            cell[seed], sources[setting, row, seed] = run, path
     return dict(sorted(groups.items(), key=lambda group: order_of(group[1])))
 
 
-def differing(args: dict, other: dict) -> list[str]:
-    """Names of the flags in which two runs of one row differ but should not."""
-    ignored = SAME_EXPERIMENT | LOCAL | {"explicit", "environment"}
-    return sorted(key for key in args.keys() & other.keys() - ignored if args[key] != other[key])
+def own_flags(args: dict) -> dict:
+    """The flags of a run in which it differs from what its recipe gives this loss on this data set."""
+    given = {"loss": row_name(args["loss"]), "dataset": args["dataset"], "recipe": args["recipe"]}
+    plain = new_run(given)
+    for key in DEFAULTS:  # in an order in which what follows from others (milestones from epochs, ...) comes after them
+        if key not in (*FREE, "recipe", "seed") and args[key] != plain[key]:
+            given[key] = args[key]
+            plain = new_run(given)
+    own = {key: value for key, value in given.items() if key not in ("loss", "dataset", "recipe")}
+    if args["loss"] != plain["loss"]:
+        own = {"loss": args["loss"], **own}
+    explicit = args["explicit"].get("loss_args", [])
+    by_steps = {key for key in plain["loss_args_by_steps"] if not any(pair.startswith(f"{key}=") for pair in explicit)}
+    pairs = [pair for pair in args["loss_args"] if pair.partition("=")[0] not in by_steps]
+    if sorted(pairs) != sorted(plain["loss_args"]):
+        own["loss_args"] = [pair for pair in pairs if pair not in plain["loss_args"]] or ["other"]
+    return own
 
 
 def describe(args: dict) -> str:
     """The setting of a run in words: all that its rows have in common. Recipes may set other values for each row."""
-    explicit = {key: value for key, value in args["explicit"].items() if key not in SAME_EXPERIMENT | LOCAL}
-    people = args.get("synthetic_ids")
+    own, people = own_flags(args), args["synthetic_ids"]
     words = [NAMES.get(args["dataset"], args["dataset"])]
     words += [f"{people} + {people} people"] if args["dataset"] == "synthetic" else []
-    words += ["scored on held-out training identities"] if args.get("eval_on") == "val" else []
+    words += ["scored on held-out training identities"] if args["eval_on"] == "val" else []
     words += [f"{args['recipe']} recipe", args["arch"]]
     words += [{"none": "from scratch", "imagenet": "ImageNet weights"}.get(args["weights"], args["weights"])]
     words += [f"{args['height']}x{args['width']}", f"{args['epochs']} epochs"]
     words += ["bfloat16"] if args["amp"] else []
-    if "*" in explicit.pop("loss", ""):
-        words.append(f"--loss {args['explicit']['loss']}")
-    said = {"dataset", "synthetic_ids", "eval_on", "recipe", "arch", "weights", "height", "width", "epochs", "amp"}
-    words += [command_line({key: explicit[key]}) for key in sorted(explicit.keys() - said)]
-    return ", ".join(word for word in words if word)
+    said = {"synthetic_ids", "eval_on", "arch", "weights", "height", "width", "epochs", "amp"}
+    words += [command_line({key: own[key]}) for key in own if key not in said]
+    return ", ".join(words)
 
 
 def order_of(rows: dict[str, dict[int, dict]]) -> tuple:
@@ -177,64 +165,40 @@ def order_of(rows: dict[str, dict[int, dict]]) -> tuple:
     return datasets.index(args["dataset"]), args["recipe"] != "controlled", len(describe(args)), describe(args)
 
 
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95 % interval: t(0.975, n - 1) s / sqrt(n); None for a single value."""
-    from scipy.special import stdtrit  # imported late: the shell script asks this file quick questions
-
-    if len(values) < 2:
-        return values[0], None
-    quantile = float(stdtrit(len(values) - 1, 1 - LEVEL / 2))
-    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p value of the paired t-test, for at least two pairs."""
-    from scipy.special import stdtr
-
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    if spread == 0:
-        return 1.0 if mean == 0 else 0.0
-    return 2 * float(stdtr(len(differences) - 1, -abs(mean) / (spread / math.sqrt(len(differences)))))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values: the i-th smallest of m times m - i + 1, at most 1, never below the one before it."""
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+# ------------------------------------------------------------------------------------------------------------- summary
 
 
 def summarise(rows: dict[str, dict[int, dict]]) -> list[dict]:
     """One dict per loss, in the order of the table: means, intervals (fractions), n, and the test against the best.
 
-    `p` is None for the best itself and where fewer than two seeds are common to both; `higher`: over the common seeds,
-    its mean is above that of the best. A loss with one seed can't be the best while another has more.
+    The best is the published loss with the highest mean; with one seed only if no other has more. `p` is None for the
+    best itself and where fewer than two seeds are common to both; `higher`: over the common seeds, above the best.
     """
-    order = [row for row in PUBLISHED if row in rows] + sorted(row for row in rows if row not in PUBLISHED)
+    order = [row for row in ROWS if row in rows] + sorted(row for row in rows if row not in ROWS)
     scores = {row: {seed: run["mAP"] for seed, run in rows[row].items()} for row in order}
-    candidates = [row for row in order if len(rows[row]) > 1] or order
+    parts = {row: ROWS[row].part if row in ROWS else "yours" for row in order}
+    published = [row for row in order if parts[row] == "published"] or order
+    candidates = [row for row in published if len(rows[row]) > 1] or published
     best = max(candidates, key=lambda row: statistics.fmean(scores[row].values()))
-    p_values, higher = {}, set()
-    for row in order:
-        common = sorted(scores[row].keys() & scores[best].keys())
-        if row != best and len(common) > 1:
-            pair = [[scores[name][seed] for seed in common] for name in (best, row)]
-            p_values[row] = paired_p(*pair)
-            if statistics.fmean(pair[1]) > statistics.fmean(pair[0]):  # possible where the rows have other seeds
-                higher.add(row)
-    p_values = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    p_values, higher, comparisons = {}, set(), {}
+    for part in dict.fromkeys(parts.values()):
+        found = {}
+        for row in order:
+            common = sorted(scores[row].keys() & scores[best].keys())
+            if parts[row] == part and row != best and len(common) > 1:
+                pair = [[scores[name][seed] for seed in common] for name in (best, row)]
+                found[row] = paired_p(*pair)
+                if statistics.fmean(pair[1]) > statistics.fmean(pair[0]):
+                    higher.add(row)
+        comparisons[part] = len(found)
+        p_values |= dict(zip(found, holm(list(found.values())), strict=True))
     summary = []
     for row in order:
         runs = [rows[row][seed] for seed in sorted(rows[row])]
         summary.append(
             {
                 "row": row,
+                "part": parts[row],
                 "runs": runs,
                 "seeds": sorted(rows[row]),
                 "rank1": interval([run["rank1"] for run in runs]),
@@ -243,23 +207,32 @@ def summarise(rows: dict[str, dict[int, dict]]) -> list[dict]:
                 "best": row == best,
                 "p": p_values.get(row),
                 "higher": row in higher,
-                "comparisons": len(p_values),
+                "comparisons": comparisons[parts[row]],
             }
         )
     return summary
 
 
+def verdict(entry: dict) -> str:
+    """What the test against the best says, in words that claim no more."""
+    if entry["best"]:
+        return "highest mean"
+    if entry["p"] is None:
+        return "no test"
+    p = "p < 0.001" if entry["p"] < 0.001 else f"p = {entry['p']:.3f}"
+    if entry["p"] >= LEVEL:
+        return f"not shown to be {'higher' if entry['higher'] else 'lower'}, {p}"
+    return f"{'higher' if entry['higher'] else 'lower'}, {p}"
+
+
 # ----------------------------------------------------------------------------------------------------- markdown and CSV
 
 
-def command(run: dict) -> str:
-    """The command of a run, as someone else would type it."""
-    explicit = {key: value for key, value in run["args"]["explicit"].items() if key not in LOCAL}
-    first = {key: explicit.pop(key) for key in ("loss", "dataset") if key in explicit}
-    seed = {"seed": explicit.pop("seed", run["args"]["seed"])}
-    for key in ("workers", "cache", "device", "eval_every"):
-        explicit.pop(key, None)
-    return f"python train.py {command_line({**first, **explicit, **seed})}"
+def command(args: dict, **changes) -> str:
+    """The command of a run, as someone else would type it; changes: words in the place of flags (loss="LOSS")."""
+    recipe = {"recipe": args["recipe"]} if args["recipe"] != DEFAULTS["recipe"] else {}
+    flags = {"loss": row_name(args["loss"]), "dataset": args["dataset"], **recipe, **own_flags(args)}
+    return f"python train.py {command_line({**flags, 'seed': args['seed'], **changes})}"
 
 
 def percent(mean: float, half: float | None) -> str:
@@ -280,17 +253,6 @@ def seed_list(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def verdict(entry: dict) -> str:
-    if entry["best"]:
-        return "best"
-    if entry["p"] is None:
-        return "no test"
-    p = "p < 0.001" if entry["p"] < 0.001 else f"p = {entry['p']:.3f}"
-    if entry["p"] >= LEVEL:
-        return f"= best, {p}"
-    return f"higher on common seeds, {p}" if entry["higher"] else f"lower, {p}"
-
-
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     from tabulate import tabulate
 
@@ -298,35 +260,39 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
-    """Heading, table and caption of one group; for Market and Duke with all twelve rows and the published numbers."""
+    """Heading, tables and caption of one group; for Market and Duke with all twelve rows and the published numbers."""
     summary = summarise(rows)
-    comparisons = summary[0]["comparisons"]
-    dataset = summary[0]["runs"][0]["args"]["dataset"]
+    args = summary[0]["runs"][0]["args"]
+    dataset, tested = args["dataset"], any(entry["comparisons"] for entry in summary)
     published = dataset in NAMES
     header = ["loss", "rank-1", "mAP", "n (seeds)", "training time"]
-    header += ["mAP against the best"] if comparisons else []
+    header += ["mAP against the highest"] if tested else []
     header += ["published rank-1", "published mAP"] if published else []
     entries = {entry["row"]: entry for entry in summary}
-    lines = []
+    parts: dict[str, list[list[str]]] = {}
     for row in dict.fromkeys([*PUBLISHED, *entries] if published else entries):
         entry = entries.get(row)
         line = [row]
         if entry:
             n = f"{len(entry['seeds'])} ({seed_list(entry['seeds'])})"
             line += [percent(*entry["rank1"]), percent(*entry["mAP"]), n, duration(entry["seconds"])]
-            line += [verdict(entry)] if comparisons else []
+            line += [verdict(entry)] if tested else []
         else:
-            line += [NOT_RUN] * (len(header) - (3 if published else 1))
+            line += [NOT_RUN] * (len(header) - 3)
         if published:
             line += [f"{value:.1f}" for value in PUBLISHED[row][dataset]] if row in PUBLISHED else ["", ""]
-        lines.append([*line, f"`{command(entry['runs'][0])}`" if entry else ""])
+        parts.setdefault(ROWS[row].part if row in ROWS else "yours", []).append(line)
+    titles = {"published": "", "later": "Later losses:\n\n", "yours": "Other losses:\n\n"}
+    tables = [titles[part] + markdown_table(header, lines) for part, lines in parts.items()]
     devices = dict.fromkeys(device_of(run) for entry in summary for run in entry["runs"])
-    caption = f"Trained on {'; '.join(devices)}."
-    if comparisons:
-        caption += f" Tests: {comparisons} comparisons with {next(e['row'] for e in summary if e['best'])}."
+    caption = f"A row: `{command({**args, 'seed': 0}, loss='LOSS')}`. Trained on {'; '.join(devices)}."
+    if tested:
+        best = next(entry["row"] for entry in summary if entry["best"])
+        counts = {entry["part"]: entry["comparisons"] for entry in summary}
+        caption += f" Compared with {best}: " + ", ".join(f"{n} {part} losses" for part, n in counts.items()) + "."
     if any(len(entry["seeds"]) == 1 for entry in summary):
         caption += " A row with n = 1 has neither an interval nor a test: it says nothing about differences."
-    return f"**{setting}**\n\n{markdown_table([*header, 'command'], lines)}\n\n{caption}\n"
+    return f"**{setting}**\n\n" + "\n\n".join([*tables, caption]) + "\n"
 
 
 def device_of(run: dict) -> str:
@@ -342,14 +308,14 @@ def markdown_not_run(datasets: Sequence[str]) -> str:
     header, lines = ["loss"], [[row] for row in PUBLISHED]
     for dataset in datasets:
         name = NAMES[dataset]
-        header += [f"{name} rank-1", f"{name} mAP", f"{name} published rank-1", f"{name} published mAP"]
+        header += [f"{name} rank-1", f"{name} mAP", "published rank-1", "published mAP"]
         for line in lines:
             line += [NOT_RUN, NOT_RUN, *(f"{value:.1f}" for value in PUBLISHED[line[0]][dataset])]
     caption = f"To run them: `DATASETS=\"{' '.join(datasets)}\" bash experiments.sh`."
     return f"**{' and '.join(NAMES[d] for d in datasets)}**\n\n{markdown_table(header, lines)}\n\n{caption}\n"
 
 
-def markdown(groups: dict[str, dict[str, dict[int, dict]]]) -> str:
+def markdown(groups: Groups) -> str:
     """All tables, the captions that hold for all of them last."""
     parts = [markdown_group(setting, rows) for setting, rows in groups.items()]
     run = {next(iter(next(iter(rows.values())).values()))["args"]["dataset"] for rows in groups.values()}
@@ -357,167 +323,70 @@ def markdown(groups: dict[str, dict[str, dict[int, dict]]]) -> str:
     parts += [markdown_not_run(missing)] if missing else []
     parts.append(
         "Percent; mean ± half of the 95 % interval over n seeds (Student's t). Training time: mean of the training "
-        "epochs of a run, without decoding and scoring. The commands are those of the first seed. Against the best: "
-        "paired t-test of mAP over common seeds, Holm-corrected; = best: not distinguishable at 5 %. "
-        "Published: one run per cell, other settings for some rows.\n"
+        "epochs of a run, without decoding and scoring. Against the highest: paired t-test of mAP over common seeds, "
+        "Holm-corrected, at 5 %; \"not shown to be lower\" is no proof of being equal. The highest of several means is "
+        "chosen by the same seeds that it is tested with, so it tends to lie above its true value, and differences "
+        "from it look a little larger than they are. Published: one run per cell, other settings for some rows.\n"
     )
     return "\n".join(parts)
 
 
-def write_csv(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
+def write_csv(groups: Groups, path: Path) -> None:
     """A line per setting and loss; scores in percent, times in seconds, empty where there is no number."""
 
     def cell(value: float | None, factor: float = 1) -> str:
         return "" if value is None else f"{value * factor:.6g}"
 
     header = ["dataset", "setting", "loss", "n", "seeds", "rank1", "rank1_half_interval", "mAP", "mAP_half_interval"]
-    header += ["training_seconds", "best", "p_against_best_holm", "comparisons", "published_rank1", "published_mAP"]
+    header += ["training_seconds", "highest", "p_against_highest_holm", "comparisons", "published_rank1"]
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow([*header, "command"])
+    writer.writerow([*header, "published_mAP", "command"])
     for setting, rows in groups.items():
         for entry in summarise(rows):
-            run = entry["runs"][0]
-            dataset = run["args"]["dataset"]
-            line = [dataset, setting, entry["row"], len(entry["seeds"]), " ".join(map(str, entry["seeds"]))]
+            args = entry["runs"][0]["args"]
+            line = [args["dataset"], setting, entry["row"], len(entry["seeds"]), " ".join(map(str, entry["seeds"]))]
             line += [cell(value, 100) for value in (*entry["rank1"], *entry["mAP"])]
             line += [cell(entry["seconds"]), int(entry["best"]), cell(entry["p"]), entry["comparisons"]]
-            line += [cell(v) for v in PUBLISHED.get(entry["row"], {}).get(dataset, (None, None))]
-            writer.writerow([*line, command(run)])
+            line += [cell(v) for v in PUBLISHED.get(entry["row"], {}).get(args["dataset"], (None, None))]
+            writer.writerow([*line, command(args)])
     write_text(path, text.getvalue())
 
 
-def update(readme: Path, text: str) -> None:
+def update(path: Path, text: str) -> None:
     """Replaces what stands between the two markers of a markdown file."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{readme} has no {BEGIN} followed by {END}: put these two lines where the table belongs")
-    write_text(readme, f"{before}{BEGIN}\n{text}{END}{after}")
-
-
-# -------------------------------------------------------------------------------------------------------------- figure
-
-
-def draw(groups: dict[str, dict[str, dict[int, dict]]], path: Path) -> None:
-    """For each group three panels: mAP with its interval, loss over epochs, mAP over epochs (means over seeds).
-
-    The curve of mAP is that of the runs that were scored on the way (--eval-every), if there are any.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--figure needs matplotlib, which nothing else does: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(groups), 3, figsize=(15, 5 * len(groups)), squeeze=False, layout="constrained")
-    for (setting, rows), (scores, losses, curves) in zip(groups.items(), axes, strict=True):
-        summary, shown = summarise(rows), set()  # seeds whose mAP is drawn over the epochs
-        colours = dict(zip(dict.fromkeys([*PUBLISHED, *rows]), matplotlib.colormaps["tab20"].colors * 2, strict=False))
-        for place, entry in enumerate(summary):
-            row, (mean, half) = entry["row"], entry["mAP"]
-            scores.errorbar(100 * mean, place, xerr=100 * (half or 0), fmt="o", capsize=3, color=colours[row])
-            for axis, key in ((losses, "loss"), (curves, "mAP")):
-                lines = {}  # epoch -> values of the seeds
-                scored = [run for run in entry["runs"] if any("mAP" in line for line in run["log"])]
-                drawn = scored if key == "mAP" and scored else entry["runs"]
-                shown |= {run["args"]["seed"] for run in drawn} if key == "mAP" else set()
-                for run in drawn:
-                    last = [{"epoch": run["args"]["epochs"], "mAP": run["mAP"]}] if key == "mAP" else []
-                    for line in [*run["log"], *last]:
-                        if key in line:
-                            lines.setdefault(line["epoch"], []).append(line[key])
-                epochs = sorted(epoch for epoch, values in lines.items() if len(values) == len(drawn))
-                values = [statistics.fmean(lines[epoch]) for epoch in epochs]
-                if key == "loss" and values and values[0] > 0:
-                    values = [value / values[0] for value in values]
-                if key == "mAP":
-                    values = [100 * value for value in values]
-                style = "--" if list(colours).index(row) % 2 else "-"  # colours come in pairs of dark and pale
-                axis.plot(epochs, values, style, marker="." if key == "mAP" else "", color=colours[row], label=row)
-        scores.set_yticks(range(len(summary)), [f"{e['row']} (n = {len(e['seeds'])})" for e in summary])
-        scores.invert_yaxis()
-        scores.set_xlabel("mAP, % (bar: 95 % interval over n seeds)")
-        losses.set_ylabel("training loss / that of the first epoch")
-        curves.set_ylabel(f"mAP, % (seed{'s' * (len(shown) > 1)} {', '.join(map(str, sorted(shown)))})")
-        for axis in (losses, curves):
-            axis.set_xlabel("epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        for axis in (scores, losses, curves):
-            axis.grid(alpha=0.3)
-        curves.set_xlim(losses.get_xlim())
-        curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-        scores.set_title(setting, fontsize="medium", loc="left")
-    kind = path.suffix[1:] or "png"
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=kind))
-    pyplot.close(figure)
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-def estimate(names: Sequence[str], folder: Path) -> str:
-    """How long the runs of these names (DATASET_LOSS_sSEED[_VARIANT]) will train, and what that is based on."""
-
-    def parts(name: str) -> tuple[str, ...]:  # data set, loss, variant
-        match = re.fullmatch(r"([^_]+)_(.+?)_s\d+(?:_(.*))?", name)
-        return tuple(part or "" for part in match.groups()) if match else (name, "", "")
-
-    finished: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for path in (folder / "runs").glob("*.json"):
-        dataset, loss, variant = parts(path.stem)
-        finished.setdefault((dataset, variant), {}).setdefault(loss, []).append(read_run(path)["seconds"])
-    total, known, assumed = 0.0, 0, {}
-    for name in names:
-        dataset, loss, variant = parts(name)
-        losses = finished.get((dataset, variant))
-        if losses:
-            total += statistics.fmean(losses.get(loss) or sum(losses.values(), []))
-            known += 1
-        else:
-            seconds, reason = ASSUMED_QUICK if variant.startswith("quick") else ASSUMED
-            total += seconds
-            assumed[reason] = assumed.get(reason, 0) + 1
-    reasons = [f"{known} by finished runs of the same setting"] if known else []
-    reasons += [f"{count} by assumption: {reason}" for reason, count in assumed.items()]
-    return f"{len(names)} runs, about {duration(total)} of training, decoding and scoring aside ({'; '.join(reasons)})"
+        raise UserError(f"{path} has no {BEGIN} followed by {END}: put these two lines where the table belongs")
+    write_text(path, f"{before}{BEGIN}\n{text}{END}{after}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with runs/*.json (results/)")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="folder with runs (default: runs)")
     # output; the table is printed unless it is written to a file
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     parser.add_argument("--csv", type=Path, help="write the numbers to this file")
-    parser.add_argument("--figure", type=Path, help="draw mAP, loss and mAP over epochs into this file (matplotlib)")
     parser.add_argument("--update", type=Path, help=f"put the tables between {BEGIN} and {END} of this file")
-    # for experiments.sh
-    parser.add_argument("--collect", type=Path, nargs="+", help="copy these run folders' results to FOLDER/runs")
-    parser.add_argument("--estimate", nargs="+", metavar="NAME", help="print how long runs of these names will take")
+    # for those who keep results
+    parser.add_argument("--collect", type=Path, nargs="+", help="write these run folders' results to INTO/runs")
+    parser.add_argument("--into", type=Path, default=Path("results"), help="folder for --collect (default: results)")
     args = parser.parse_args(argv)
     if args.collect:
         for run_dir in args.collect:
-            print(collect(run_dir, args.folder))
-        return
-    if args.estimate:
-        print(estimate(args.estimate, args.folder))
+            print(collect(run_dir, args.into))
         return
     groups = load_groups(args.folder)
     if args.csv:
         write_csv(groups, args.csv)
-    if args.figure:
-        draw(groups, args.figure)
-    if args.markdown:
-        write_text(args.markdown, markdown(groups))
     if args.update:
         update(args.update, markdown(groups))
-    if not (args.csv or args.figure or args.markdown or args.update):
+    if not (args.csv or args.update):
         print(markdown(groups))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"results: {error}")
