@@ -6,16 +6,13 @@ https://arxiv.org/abs/1701.08398, as in the authors' released code. Of all A = Q
     d(i, j)  = squared Euclidean distance (cosine: of the unit vectors), divided by the largest one of image i
     N(i, k)  = the k + 1 nearest images: i itself, then by distance, then by index
     R(i, k)  = those j of N(i, k) that have i in N(j, k)
-    R*(i)    = R(i, k1) and each R(j, k1 / 2), j in R(i, k1), of which more than 2/3 lie in R(i, k1)
+    R*(i)    = R(i, k1) and each R(j, round(k1 / 2)), j in R(i, k1), of which more than 2/3 lie in R(i, k1)
     v(i)     = exp(-d(i, j)) for j in R*(i), else 0; divided by its sum
     V(i)     = mean of v over the k2 nearest images of i, itself among them
     s(i, g)  = sum over j of min(V(i)_j, V(g)_j)
     distance = (1 - lambda) (1 - s / (2 - s)) + lambda d(i, g), for queries i and gallery images g
 
-k1 / 2 is rounded, and a half to the even number: 4 for k1 = 9, 6 for 11.
-
-Deviation from the authors' code: equal distances. There the sort decides; here an image comes before its copies, and
-others by index.
+Deviation from the authors' code: which of equally distant images comes first, which there is left to the sort.
 
 How it works. No matrix of all distances is built, only tables of about block x block numbers. The product passes by in
 squares, half of them, since it is symmetric; what is no farther than the k-th nearest so far is kept, and in the end
@@ -30,22 +27,16 @@ ERROR = 32  # error of the product that is allowed for, in roundings of the squa
 
 
 def rerank(
-    query,
-    gallery,
-    metric: str = "cosine",
-    k1: int = 20,
-    k2: int = 6,
-    lambda_: float = 0.3,
-    block: int | None = None,
-    progress=lambda steps, description: steps,
-):
+    query, gallery, metric: str = "cosine", k1: int = 20, k2: int = 6, lambda_: float = 0.3,
+    block: int | None = None, progress=lambda steps, description: steps,
+):  # fmt: skip
     """Re-ranked distances of query (Q, D) to gallery (G, D): an iterator over (slice of the queries, distances (q, G)).
 
     Embeddings: tensors or arrays, also memory-mapped ones. The work is done on the query's device in float32, or in
     float64 if one of them is; so are the distances, from 0 to 1, small = alike. k1, k2, lambda_: see above; k2 = 1: no
-    mean. block (2048 on a CPU, 4096 elsewhere) changes time and memory only. progress(steps, description) gets the list
-    of steps of each part of the work and gives them back one by one: tqdm.tqdm does. Raises ValueError for embeddings
-    that are not finite or do not fit together, and for a metric, k1, k2 or lambda_ that does not exist.
+    mean. block: 2048 on a CPU, 4096 elsewhere; of no influence on the numbers. progress(steps, description): an
+    iterator over the list of steps, for each of three parts of the work; tqdm.tqdm is one. Raises ValueError for
+    embeddings that are not finite or do not fit together, and for a metric, k1, k2 or lambda_ that does not exist.
     """
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"Unknown metric {metric!r}: choose cosine or euclidean.")
@@ -62,8 +53,7 @@ def rerank(
 @torch.no_grad()
 def _blocks(query, gallery, device, metric, k1, k2, lambda_, block, progress):
     num_query, num_gallery, total = len(query), len(gallery), len(query) + len(gallery)
-    embeddings = _together(query, gallery, device, metric)  # (A, D)
-    square = _squares(embeddings)  # (A,)
+    embeddings, square = _together(query, gallery, device, metric)  # (A, D), (A,)
     near, largest = _neighbours(embeddings, square, max(k1 + 1, k2), block, progress)  # (A, K), (A,)
     image, entry, value = _vectors(embeddings, near, largest, k1, k2, block, progress)  # (V,) each, by image
     end = torch.searchsorted(image, torch.arange(num_query + 1, device=device)).tolist()
@@ -75,26 +65,26 @@ def _blocks(query, gallery, device, metric, k1, k2, lambda_, block, progress):
         least = torch.minimum(value[mine][row], weight[place])
         cell = (image[mine][row] - here.start) * num_gallery + owner[place]
         s = least.new_zeros((here.stop - here.start) * num_gallery).index_add_(0, cell, least).view(-1, num_gallery)
-        distance = _distances(embeddings, square, here, slice(num_query, total)).clamp_(min=0)
-        yield here, distance.mul_(lambda_ / largest[here, None]).add_(1 - s / (2 - s), alpha=1 - lambda_)
+        distance = _distances(embeddings, square, here, slice(num_query, total)) / largest[here, None]
+        yield here, torch.lerp(1 - s / (2 - s), distance.clamp_(0, 1), lambda_)
 
 
-def _together(query, gallery, device: torch.device, metric: str) -> Tensor:
-    """A copy of all embeddings (A, D), of length 1 for cosine."""
-    wide = any(_tensor(table[:1]).dtype == torch.float64 for table in (query, gallery))
-    dtype = torch.float64 if wide else torch.float32
+def _together(query, gallery, device: torch.device, metric: str) -> tuple[Tensor, Tensor]:
+    """A copy of all embeddings (A, D), of length 1 for cosine, and their squared lengths (A,)."""
+    dtypes = _tensor(query[:1]).dtype, _tensor(gallery[:1]).dtype
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     embeddings = torch.empty(len(query) + len(gallery), query.shape[1], dtype=dtype, device=device)
     for table, whole in ((query, embeddings[: len(query)]), (gallery, embeddings[len(query) :])):
         for here in _slices(len(table), 1024):
             whole[here] = _tensor(table[here])
-    square = _squares(embeddings)
+    square = torch.cat([rows.square().sum(1) for rows in embeddings.split(1024)])
     bad = (~torch.isfinite(square)).nonzero().flatten().tolist()
     if bad:
-        few = ", ".join(map(str, bad[:10])) + ", ..." * (len(bad) > 10)
-        raise ValueError(f"Embeddings {few} (from 0, queries first) hold NaN, infinite or too large values.")
+        raise ValueError(f"Embeddings {bad[:10]} (from 0, queries first) hold NaN, infinite or too large values.")
     if metric == "cosine":
         embeddings /= square.sqrt().clamp(min=torch.finfo(dtype).tiny)[:, None]
-    return embeddings
+        square = torch.cat([rows.square().sum(1) for rows in embeddings.split(1024)])
+    return embeddings, square
 
 
 def _tensor(rows) -> Tensor:
@@ -111,10 +101,6 @@ def _places(keys: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     times, start = count[keys], count.cumsum(0) - count
     index = torch.arange(len(keys), device=keys.device).repeat_interleave(times)
     return index, torch.arange(len(index), device=keys.device) + (start[keys] + times - times.cumsum(0))[index]
-
-
-def _squares(embeddings: Tensor) -> Tensor:
-    return torch.cat([rows.square().sum(1) for rows in embeddings.split(1024)])
 
 
 def _distances(embeddings: Tensor, square: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -137,7 +123,7 @@ def _pair_distances(embeddings: Tensor, one: Tensor, other: Tensor, block: int) 
     size = max(block * block // (4 * embeddings.shape[1]), 1)
     found, tables = embeddings.new_empty(len(one)), embeddings.new_empty(2, size, embeddings.shape[1])
     for here in _slices(len(one), size):
-        x, y = tables[:, : here.stop - here.start]  # memory that is used again: to ask for it takes longer than to fill it
+        x, y = tables[:, : here.stop - here.start]  # the same memory again: new memory takes longer than the sum
         torch.index_select(embeddings, 0, one[here], out=x)
         torch.index_select(embeddings, 0, other[here], out=y)
         torch.sum(x.sub_(y).square_(), 1, out=found[here])
@@ -147,7 +133,7 @@ def _pair_distances(embeddings: Tensor, one: Tensor, other: Tensor, block: int) 
 def _neighbours(embeddings: Tensor, square: Tensor, k: int, block: int, progress) -> tuple[Tensor, Tensor]:
     """The k nearest of each image, itself first (A, k), and its largest distance (A,); k: all if there are fewer."""
     total, k, error = len(embeddings), min(k, len(embeddings)), ERROR * torch.finfo(square.dtype).eps
-    largest, limit = torch.zeros_like(square), torch.empty_like(square)
+    largest, limit = torch.full_like(square, torch.finfo(square.dtype).tiny), torch.empty_like(square)
     best = square.new_full((total, k), torch.inf)  # the k smallest distances so far
     found = []  # pairs within the limit, the largest of these: image, other, distance
     parts = _slices(total, block)
@@ -170,15 +156,14 @@ def _neighbours(embeddings: Tensor, square: Tensor, k: int, block: int, progress
     distance[image == other] = -1
     order = distance.argsort(stable=True)
     order = order[image[order].argsort(stable=True)]  # by image, then distance, then index
-    count = torch.bincount(image, minlength=total)
-    place = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[image[order]]
-    return other[order[place < k]].view(total, k), largest.clamp_(min=torch.finfo(largest.dtype).tiny)
+    start = torch.searchsorted(image[order], torch.arange(total, device=order.device))
+    return other[order[start[:, None] + torch.arange(k, device=order.device)]], largest
 
 
 def _vectors(embeddings, near, largest, k1: int, k2: int, block: int, progress) -> tuple[Tensor, ...]:
     """What is not 0 in V, image by image: its image, its entry, its value, (V,) each."""
     total, device = len(near), near.device
-    lists, half, nearest = near[:, : k1 + 1], near[:, : round(k1 / 2) + 1], near[:, :k2]  # (A, K), (A, H), (A, k2)
+    lists, half = near[:, : k1 + 1], near[:, : round(k1 / 2) + 1]  # (A, K), (A, H); round: a half to the even number
     slices = _slices(total, block * block // total)
     half_mutual = torch.cat([_mutual(half, here) for here in slices])  # (A, H)
     found = []
@@ -196,12 +181,11 @@ def _vectors(embeddings, near, largest, k1: int, k2: int, block: int, progress) 
         weight = torch.exp(-_pair_distances(embeddings, image, entry, block) / largest[image])
         found.append((image, entry, weight / weight.new_zeros(len(mine)).index_add_(0, row, weight)[row]))
     image, entry, value = (torch.cat(column) for column in zip(*found, strict=True))
-    if k2 == 1:
-        return image, entry, value
     count, found = torch.bincount(image, minlength=total), []
     for here in slices:
-        index, place = _places(nearest[here].flatten(), count)
-        table = value.new_zeros(here.stop - here.start, total)  # (a, A)
+        nearest = near[here, :k2]  # (a, k2)
+        index, place = _places(nearest.flatten(), count)
+        table = value.new_zeros(len(nearest), total)  # (a, A)
         cell = index // nearest.shape[1] * total + entry[place]
         table.view(-1).index_add_(0, cell, value[place] / nearest.shape[1])
         row, column = table.nonzero(as_tuple=True)
