@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from benchmarks import evaluator
+from benchmarks import reranking as benchmark
 from utils import reranking
 from utils.ranking import metrics_from_distance
 from utils.reranking import rerank
@@ -289,3 +291,40 @@ def test_file_can_be_copied_alone(tmp_path):
     code = "import torch, reranking; print(len(list(reranking.rerank(torch.eye(3), torch.eye(3)))))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "1\n", done.stderr
+
+
+# ---- benchmarks/reranking.py ----
+
+
+@pytest.mark.parametrize("way", benchmark.DENSE)
+def test_dense_ways_of_the_benchmark_agree(way, tmp_path):
+    """Among them torchreid's own code, where it is installed: k1 = 20, k2 = 6, data without ties."""
+    evaluator.generate(tmp_path, 64, 60, 400, 20, 4, 100, 0.8)
+    arrays = evaluator.load(tmp_path)
+    mine = benchmark.timed("this re-ranking", arrays)
+    try:
+        theirs = benchmark.timed(way, arrays)
+    except ModuleNotFoundError:
+        pytest.skip("torchreid is not installed")
+    assert theirs["metrics"] == pytest.approx(mine["metrics"], rel=0, abs=1e-6)
+    assert theirs["first"].shape == (60, 100)
+    torch.testing.assert_close(theirs["first"], mine["first"], rtol=0, atol=1e-6)
+
+
+def test_tables_and_targets_of_the_benchmark():
+    def way(seconds, gib):
+        spread = {"median": seconds, "min": seconds, "max": seconds + 1, "n": 3}
+        return {"seconds": spread, "cpu_seconds": spread, "extra_gib": gib, "times_ours": seconds / 4,
+                "metrics": {"rank1": 0.5, "mAP": 0.25}, "queries_that_differ": 7}  # fmt: skip
+
+    ways = {"this re-ranking": way(4.0, 0.5), "products alone": way(2.0, 0.25), "torchreid, NumPy": way(15.0, 8.5),
+            "dense, PyTorch": {"missing": "not there"}}  # fmt: skip
+    result = {"size": "market", "device": "cpu", "query": 3368, "gallery": 15913, "dim": 2048, "ways": ways}
+    text = benchmark.table(result)
+    for part in ("3,368 x 15,913 x 2,048", "15.000 (15.000 to 16.000)", "3.75", "8.50", "25.0000", "7 of 3368"):
+        assert part in text
+    assert "0.27 of torchreid's time (target 0.25, MISSED), 0.50 GiB (target 1 GiB, met)" in benchmark.verdict(result)
+    result["device"] = "cuda"
+    assert "4.00 s (target 1 s, MISSED)" in benchmark.verdict(result)
+    row = benchmark.growth([result]).splitlines()[-1].split()
+    assert row == ["cuda", "19,281", "4.00", "2.00", "10.8", "0.50"]  # 4 / 19281^2 s
