@@ -1,0 +1,327 @@
+"""Time and memory of utils/reranking.py beside its distance products alone, a dense form, and torchreid's.
+
+    python benchmarks/reranking.py                   # a quarter, a half and all of Market, and MSMT17
+    python benchmarks/reranking.py --quick           # a tenth of Market: half a minute, nothing is written
+    python benchmarks/reranking.py --sizes market --repeats 5
+    python benchmarks/reranking.py --device cuda
+
+k1 = 20, k2 = 6, lambda = 0.3, cosine, float32; the generated embeddings of benchmarks/evaluator.py. All ways by turns
+in one process; then each alone in a new process for its memory, the highest while it runs minus that before it, with
+the embeddings loaded (on a GPU: memory of the device). The product alone is what any way must compute: each distance
+of two images once, and those of queries and gallery again, since they are not kept.
+
+The dense forms hold several matrices of all images x all images and are run up to Market size, on a CPU:
+torchreid's (its wheel's file alone, if it is installed: NumPy; it squares what it is given, so it gets distances that
+are not squared yet, as in the authors' code), and one in PyTorch, typed from the definition.
+
+mAP, and the distances of each query's first 100 places, are compared with ours in the same run. Where two distances
+are equal but for float32's error, the order is open, and a few queries may differ.
+
+Prints tables and writes results/benchmarks/reranking_MACHINE.json.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import evaluator  # noqa: E402
+from benchmarks.machine import machine_name, sanitised, write_result  # noqa: E402
+from utils.ranking import metrics_from_distance  # noqa: E402
+from utils.reranking import rerank  # noqa: E402
+
+SIZES = {  # as in benchmarks/evaluator.py: query and gallery images, people, cameras, distractors, how bad they are
+    "quick": evaluator.SIZES["quick"],
+    "market/4": (842, 3978, 188, 6, 700, 0.8),
+    "market/2": (1684, 7957, 375, 6, 1399, 0.8),
+    "market": evaluator.SIZES["market"],
+    "msmt17": evaluator.SIZES["msmt17"],
+}
+SLOW = 60  # seconds of all turns of a way, after which it gets no further one
+PLACES = 100  # the first places whose distances are compared
+GIB = 2**30
+
+# ---- The ways: functions of query (Q, D) and gallery (G, D); iterators over (slice of queries, distances) ----
+
+
+def product(query, gallery):
+    """The products of `rerank` at its block, and nothing else."""
+    images = torch.cat([F.normalize(query), F.normalize(gallery)])
+    block = 4096 if query.is_cuda else 2048
+    for first in range(0, len(images), block):
+        for other in range(first, len(images), block):
+            images[first : first + block] @ images[other : other + block].T
+    size = block * block // len(gallery)
+    for first in range(0, len(query), size):
+        images[first : min(first + size, len(query))] @ images[len(query) :].T
+        yield slice(first, first + size), None
+
+
+def ours(query, gallery):
+    return rerank(query, gallery)
+
+
+def dense(query, gallery, k1=20, k2=6, lambda_=0.3):
+    """The definition with whole matrices, and a loop over the images."""
+    images = torch.cat([F.normalize(query), F.normalize(gallery)])
+    distance = (images @ images.T).mul_(-2).add_(2).clamp_(min=0).fill_diagonal_(0)  # (A, A)
+    distance /= distance.amax(1)[:, None]
+    order = distance.argsort(1)[:, : max(k1 + 1, k2)]
+
+    def reciprocal(i, k):
+        near = order[i, : k + 1]
+        return near[(order[near, : k + 1] == i).any(1)]
+
+    half = [reciprocal(i, round(k1 / 2)) for i in range(len(images))]
+    v = torch.zeros_like(distance)  # (A, A)
+    for i in range(len(images)):
+        own = reciprocal(i, k1)
+        more = [half[j] for j in own.tolist() if 3 * int(torch.isin(half[j], own).sum()) > 2 * len(half[j])]
+        members = torch.cat([own, *more]).unique()
+        v[i, members] = (-distance[i, members]).softmax(0)
+    v = torch.cat([v[near].mean(1) for near in order[:, :k2].split(64)])
+    result = distance[: len(query), len(query) :].mul_(lambda_)
+    for i, row in enumerate(v[: len(query)]):
+        entries = row.nonzero().squeeze(1)
+        s = torch.minimum(row[entries], v[len(query) :, entries]).sum(1)
+        result[i] += (1 - lambda_) * (1 - s / (2 - s))
+    yield slice(0, len(query)), result
+
+
+def torchreid(query, gallery):
+    found = importlib.util.find_spec("torchreid")
+    if found is None:
+        raise ModuleNotFoundError("torchreid")
+    root = Path(found.submodule_search_locations[0])
+    file = root / "reid/utils/rerank.py"
+    spec = importlib.util.spec_from_file_location("rerank", file if file.exists() else root / "utils/rerank.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    query, gallery = F.normalize(query), F.normalize(gallery)
+    pairs = (query, gallery), (query, query), (gallery, gallery)
+    tables = [(x @ y.T).mul_(-2).add_(2).clamp_(min=0).sqrt_() for x, y in pairs]
+    for table in tables[1:]:
+        table.fill_diagonal_(0)
+    yield slice(0, len(query)), torch.from_numpy(module.re_ranking(*(table.numpy() for table in tables)))
+
+
+WAYS = {"products alone": product, "this re-ranking": ours, "dense, PyTorch": dense, "torchreid, NumPy": torchreid}
+DENSE = ("dense, PyTorch", "torchreid, NumPy")
+
+
+# ---- Measuring: in processes of their own ----
+
+
+def timed(way: str, arrays: list, scored: bool = True) -> dict:
+    """Seconds and seconds of processors of a way, scoring not counted; metrics and the first distances if scored."""
+    query, query_pids, query_camids, gallery, gallery_pids, gallery_camids = arrays
+    seconds, cpu_seconds, metrics, first = 0.0, 0.0, [], []
+    blocks = iter(WAYS[way](query, gallery))
+    while True:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        block = next(blocks, None)
+        if query.is_cuda:
+            torch.cuda.synchronize()
+        seconds, cpu_seconds = seconds + time.perf_counter() - start, cpu_seconds + time.process_time() - cpu_start
+        if block is None:
+            break
+        here, distance = block
+        if scored and distance is not None:
+            ids = query_pids[here], query_camids[here], gallery_pids, gallery_camids
+            metrics.append(metrics_from_distance(distance, *ids))
+            first.append(distance.topk(min(PLACES, distance.shape[1]), largest=False).values.sort(1)[0].cpu())
+    found = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    if metrics:
+        weights = [row["num_queries"] for row in metrics]
+        found["metrics"] = {
+            key: sum(w * row[key] for w, row in zip(weights, metrics, strict=True)) / sum(weights)
+            for key in ("rank1", "mAP")
+        }
+        found["first"] = torch.cat(first)  # (Q, 100)
+    return found
+
+
+def work(task: dict) -> dict:
+    """In a new process: the ways by turns, with their times and numbers, or one way alone, with its memory."""
+    torch.set_num_threads(task["threads"])
+    cuda = task["device"] != "cpu"
+    arrays = [array.to(task["device"]) for array in evaluator.load(Path(task["folder"]))]
+    small = [array[:300] for array in arrays]
+    found = {}
+    for way in task["ways"]:
+        try:
+            timed(way, small, scored=False)  # libraries are loaded and threads started before anything is measured
+            found[way] = {"seconds": [], "cpu_seconds": []}
+        except ImportError as error:
+            found[way] = {"missing": f"not installed ({getattr(error, 'name', None) or error})"}
+    if task["memory"]:
+        (way,) = task["ways"]
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            timed(way, arrays, scored=False)
+            return {"extra_gib": (torch.cuda.max_memory_allocated() - before) / GIB}
+        with evaluator.Memory() as memory:
+            timed(way, arrays, scored=False)
+        return {"extra_gib": memory.extra / GIB}
+    first = {}
+    for turn in range(task["repeats"] + cuda):  # on a GPU the first is to warm up
+        for way, row in found.items():
+            if "missing" in row or sum(row["seconds"]) > SLOW:
+                continue
+            result = timed(way, arrays, scored=turn == 0)
+            if turn == 0 and "metrics" in result:
+                row["metrics"], first[way] = result["metrics"], result["first"]
+            if turn >= cuda:
+                row["seconds"].append(result["seconds"])
+                row["cpu_seconds"].append(result["cpu_seconds"])
+    mine = first["this re-ranking"]
+    for way, theirs in first.items():
+        difference = (theirs - mine).abs().amax(1)  # (Q,)
+        found[way]["queries_that_differ"] = int((difference > 1e-6).sum())
+        found[way]["median_difference"] = difference.median().item()
+    return found
+
+
+def run(**task) -> dict:
+    """work(task) in a new process."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--work", json.dumps(task)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(task["threads"])},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{', '.join(task['ways'])} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(device, sizes, repeats: int = 3, dim: int = 2048, threads: int | None = None) -> list[dict]:
+    """A row of results for each of the sizes (names of SIZES) on "cpu" or "cuda"."""
+    results = []
+    for size in sizes:
+        queries, images = SIZES[size][:2]
+        ways = [way for way in WAYS if way not in DENSE or (str(device) == "cpu" and images <= SIZES["market"][1])]
+        result = {"size": size, "query": queries, "gallery": images, "dim": dim, "device": str(device), "ways": {}}
+        with tempfile.TemporaryDirectory() as folder:
+            evaluator.generate(Path(folder), dim, *SIZES[size])
+            common = {"folder": folder, "device": str(device), "threads": threads or torch.get_num_threads()}
+            rows = run(ways=ways, repeats=repeats, memory=False, **common)
+            for way, row in rows.items():
+                if "missing" not in row:
+                    row.update(run(ways=[way], repeats=1, memory=True, **common))
+                    for key in ("seconds", "cpu_seconds"):
+                        row[key] = evaluator.spread(row[key])
+        mine = rows["this re-ranking"]
+        for row in rows.values():
+            if "metrics" in row:
+                row["map_difference"] = abs(row["metrics"]["mAP"] - mine["metrics"]["mAP"])
+            if "seconds" in row:
+                row["times_ours"] = row["seconds"]["median"] / mine["seconds"]["median"]
+        result["ways"] = rows
+        results.append(result)
+    return results
+
+
+# ---- Tables ----
+
+
+def table(result: dict) -> str:
+    rows = []
+    for way, row in result["ways"].items():
+        if "missing" in row:
+            rows.append([way, row["missing"]])
+            continue
+        seconds, metrics = row["seconds"], row.get("metrics", {})
+        rows.append(
+            [
+                way, f"{seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})",
+                f"{row['cpu_seconds']['median']:.2f}", f"{row['times_ours']:.2f}", f"{row['extra_gib']:.2f}",
+                *(f"{100 * metrics[key]:.4f}" if key in metrics else "" for key in ("rank1", "mAP")),
+                f"{row['queries_that_differ']} of {result['query']}" if metrics else "",
+            ]
+        )  # fmt: skip
+    headers = ["", "seconds (min to max)", "of processors", "x ours", "extra GiB", "rank-1 %", "mAP %",
+               f"queries whose first {PLACES} differ by 1e-6"]  # fmt: skip
+    title = f"{result['size']} on {result['device']}: {result['query']:,} x {result['gallery']:,} x {result['dim']:,}"
+    return f"{title}\n{tabulate(rows, headers=headers, disable_numparse=True)}"
+
+
+def growth(results: list[dict]) -> str:
+    """How ours grows: with the square of the images, as its products do."""
+    rows = []
+    for result in results:
+        mine, alone = result["ways"]["this re-ranking"], result["ways"]["products alone"]
+        seconds, images = mine["seconds"]["median"], result["query"] + result["gallery"]
+        rows.append(
+            [result["device"], f"{images:,}", f"{seconds:.2f}", f"{seconds / alone['seconds']['median']:.2f}",
+             f"{1e9 * seconds / images**2:.1f}", f"{mine['extra_gib']:.2f}"]
+        )  # fmt: skip
+    headers = ["", "images", "seconds", "x products alone", "ns per pair of images", "extra GiB"]
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def verdict(result: dict) -> str:
+    """One line: the targets that the size and the device have."""
+    mine, peer = result["ways"]["this re-ranking"], result["ways"].get("torchreid, NumPy", {})
+    parts = []
+    if result["size"] == "market" and "seconds" in peer:
+        share = mine["seconds"]["median"] / peer["seconds"]["median"]
+        parts.append(f"{share:.2f} of torchreid's time (target 0.25, {'met' if share <= 0.25 else 'MISSED'})")
+    if result["size"] == "market" and result["device"] != "cpu":
+        seconds = mine["seconds"]["median"]
+        parts.append(f"{seconds:.2f} s (target 1 s, {'met' if seconds < 1 else 'MISSED'})")
+    target = {"market": 1, "msmt17": 4}.get(result["size"]) if result["device"] == "cpu" else None
+    if target:
+        met = "met" if mine["extra_gib"] < target else "MISSED"
+        parts.append(f"{mine['extra_gib']:.2f} GiB (target {target} GiB, {met})")
+    return f"{result['size']}: {', '.join(parts)}" if parts else ""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    default = [size for size in SIZES if size != "quick"]
+    add("--sizes", nargs="+", choices=SIZES, default=default, help="sizes to measure")
+    add("--repeats", type=int, default=3, help=f"turns of each way, fewer once it took {SLOW} s in all")
+    add("--dim", type=int, default=2048, help="width of the embeddings")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    add("--quick", action="store_true", help="a tenth of Market, one turn; writes nothing")
+    add("--machine", help="name of this machine in the file's name (default: that of the processor or GPU)")
+    add("--out", type=Path, help="folder for the result (default: results/benchmarks)")
+    add("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.work:
+        print(json.dumps(work(json.loads(args.work))))
+        return
+    if args.quick:
+        args.sizes, args.repeats, args.dim = ["quick"], 1, min(args.dim, 512)
+    torch.set_num_threads(args.threads)
+    machine = sanitised(args.machine or machine_name(args.device))
+    folder = {"folder": args.out} if args.out else {}
+    payload = {"threads": args.threads, "repeats": args.repeats, "results": []}
+    for size in args.sizes:
+        payload["results"] += measure(args.device, [size], args.repeats, args.dim, args.threads)
+        print(table(payload["results"][-1]), "\n", flush=True)
+        if not args.quick:
+            path = write_result("reranking", payload, machine, **folder)  # what is there is kept, whatever comes
+    print(growth(payload["results"]))
+    for line in filter(None, map(verdict, payload["results"])):
+        print(line)
+    if not args.quick:
+        print(f"-> {path.name}")
+
+
+if __name__ == "__main__":
+    main()
