@@ -52,8 +52,9 @@ def train_flags(cuda, tiny_market, tmp_path):
     """train.py's flags for 13 steps an epoch on tiny images, in tmp_path/NAME."""
 
     def build(name, *more):
-        flags = ["--dataset", "market", "--data-dir", tiny_market, "--arch", "resnet18", "--weights", "none", "--p", 2,
-                 "--k", 2, "--height", 64, "--width", 32, "--workers", 2, "--save-every", 0, "--device", cuda]  # fmt: skip
+        flags = ["--dataset", "market", "--data-dir", tiny_market, "--arch", "resnet18", "--weights", "none",
+                 "--p", 2, "--k", 2, "--height", 64, "--width", 32, "--workers", 2, "--save-every", 0,
+                 "--device", cuda]  # fmt: skip
         return [str(flag) for flag in (*flags, "--run-dir", tmp_path / name, *more)]
 
     return build

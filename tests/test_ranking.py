@@ -306,26 +306,42 @@ def test_collapsed_embeddings(spread):
     check(slow_of(arguments), rank_metrics, *arguments, gallery_block=256)
 
 
-def test_the_product_is_float32_whatever_the_caller_allows(monkeypatch):
-    """TF32 and bfloat16 products are off inside, autocast too, and the caller's setting is as before afterwards."""
-    seen, addmm = [], torch.addmm
+PRECISIONS = {
+    "nothing": "pass",
+    "one setting for all": "torch.set_float32_matmul_precision('medium')",
+    "the GPU's switch": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "both": "torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.allow_tf32 = False",
+    "per place": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+}
 
-    def spy(*arguments, **options):
-        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
-        return addmm(*arguments, **options)
 
-    monkeypatch.setattr(torch, "addmm", spy)
-    before = torch.get_float32_matmul_precision()
+@pytest.mark.parametrize("setting", PRECISIONS)
+def test_the_product_is_float32_whatever_the_caller_allows(setting):
+    """TF32, bfloat16 and autocast are off inside, and the caller's setting is as before; in a process of its own."""
+    code = f"""
+import sys, torch
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+from test_ranking import people, np
+from utils.ranking import rank_metrics
+{PRECISIONS[setting]}
+places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+state = lambda: [getattr(place, "fp32_precision", torch.get_float32_matmul_precision) for place in places]
+before, seen, addmm = state(), set(), torch.addmm
+def spy(*arguments, **options):
+    seen.add((*state(), torch.is_autocast_enabled("cpu")))
+    return addmm(*arguments, **options)
+torch.addmm = spy
+with torch.autocast("cpu", torch.bfloat16):
+    rank_metrics(*people(np.random.default_rng(0), 10, 100, 4, 5))
     try:
-        torch.set_float32_matmul_precision("medium")
-        with torch.autocast("cpu", torch.bfloat16):
-            rank_metrics(*people(np.random.default_rng(0), 10, 100, 4, 5))
-            with pytest.raises(ValueError, match="NaN"):
-                rank_metrics(np.full((1, 2), np.nan), [1], [1], np.ones((1, 2)), [1], [2])
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert seen and set(seen) == {("highest", False)}
+        rank_metrics(np.ones((1, 2)), [1], [1], np.full((1, 2), np.nan), [1], [2])
+    except ValueError:
+        seen.add("refused")
+assert seen == {{("ieee", "ieee", False), "refused"}}, seen
+assert state() == before, (before, state())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])

@@ -15,10 +15,9 @@ so equal distances count against the system, whatever the order of the gallery. 
 and the metrics are means over the queries with a true match. How: first the similarities of the few true matches, then
 the gallery in blocks: a product with the queries and, for the j-th match of all of them, one comparison and one sum.
 
-Precision: a float32 product (TF32 off, whatever the caller's setting), metrics equal to those of float64 to 1e-5; with
-float64 embeddings float64 throughout. Similarities within SLACK x (sum of the lengths)^2 are equal, since rounding
-differs from block to block: a copy of a true match under another name counts against the system wherever it stands.
-"""
+Precision: whole float32, metrics equal to those of float64 to 1e-5; with float64 embeddings float64 throughout.
+Similarities within SLACK x (sum of the lengths)^2 are equal: rounding differs from block to block, and a copy of a true
+match under another name counts against the system wherever it stands."""
 
 import torch
 from torch import Tensor
@@ -46,8 +45,8 @@ def average(results: dict[str, Tensor], ranks=(1, 5, 10, 20)) -> dict[str, float
         raise ValueError("No query has a true match in the gallery under another camera, so there is nothing to score: "
                          "if all images come from one camera, give each a camera of its own (--ignore-cameras does).")
     num_matches, first, last, ap, ap_trapezoid = (column[valid].double() for column in results.values())
-    means = {**{f"rank{k}": (first <= k).double() for k in ranks},
-             "mAP": ap, "mAP_trapezoid": ap_trapezoid, "mINP": num_matches / last}
+    means = {f"rank{k}": (first <= k).double() for k in ranks}
+    means |= {"mAP": ap, "mAP_trapezoid": ap_trapezoid, "mINP": num_matches / last}
     return {**{key: value.mean().item() for key, value in means.items()}, "num_queries": len(first)}
 
 
@@ -58,23 +57,20 @@ def rank_queries(query, query_pids, query_camids, gallery, gallery_pids, gallery
 
     query (Q, D), gallery (G, D): tensors or arrays, also memory-mapped ones, compared by "cosine" or "euclidean"
     distance; zeros have cosine similarity 0 to everything. pids and camids (Q,), (G,): integers. The work is done on
-    the query's device, gallery_block rows (2048 on a CPU, 8192 elsewhere) against query_block at a time. No query's
-    result depends on the others, so several processes may share them.
+    the query's device, gallery_block rows (2048 on a CPU, 8192 elsewhere) against query_block at a time.
     Returns num_matches, first_rank, last_rank (int64), ap, ap_trapezoid (float64), each (Q,) on the CPU; 0 for a query
-    without a match. ValueError if embeddings are not finite, empty or do not fit together.
-    """
+    without a match. ValueError if embeddings are not finite, empty or do not fit together."""
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"Unknown metric {metric!r}: choose cosine or euclidean.")
     if not len(query.shape) == len(gallery.shape) == 2 or query.shape[1] != gallery.shape[1] or 0 in gallery.shape:
-        raise ValueError("Query and gallery embeddings must be tables of the same width, (Q, D) and (G, D), "
-                         f"not {tuple(query.shape)} and {tuple(gallery.shape)}.")
-    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+        shapes = f"{tuple(query.shape)} and {tuple(gallery.shape)}"
+        raise ValueError(f"Query and gallery must be tables of the same width, (Q, D) and (G, D), not {shapes}.")
+    device, parts = query.device if isinstance(query, Tensor) else torch.device("cpu"), []
     ids = _ids(device, len(query), len(gallery), query_pids, query_camids, gallery_pids, gallery_camids)
     double = torch.float64 in [_rows(table, slice(1), device).dtype for table in (query, gallery)]
     how = dict(device=device, dtype=torch.float64 if double else torch.float32, metric=metric)
     gallery_block = min(gallery_block or (2048 if device.type == "cpu" else 8192), len(gallery))
-    precision, parts = torch.get_float32_matmul_precision(), []
-    torch.set_float32_matmul_precision("highest")
+    restore = _whole_float32()
     try:
         with torch.autocast(device.type, enabled=False):
             for first in range(0, len(query), query_block):
@@ -82,7 +78,7 @@ def rank_queries(query, query_pids, query_camids, gallery, gallery_pids, gallery
                 people, vectors = _people(ids[0][here], ids[1][here], *ids[2:]), _vectors("query", query, here, **how)
                 parts.append(_count(people, ids[2] == JUNK, *_compare(vectors, gallery, people, gallery_block, how)))
     finally:
-        torch.set_float32_matmul_precision(precision)
+        restore()
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -123,18 +119,14 @@ def _compare(vectors, gallery, people, gallery_block: int, how: dict):
 
 
 def _people(query_pids: Tensor, query_camids: Tensor, gallery_pids: Tensor, gallery_camids: Tensor):
-    """Where the images of each query's person are: order (Q,), images (K + 1,); place, same and match (Q, M).
-
-    order: the queries by falling number of true matches, in which the others stand; images: those of all the queries'
-    people, by pid, and one more; place: where in images a query's are; same, match: is it used, and a true match?
-    """
+    """order (Q,): the queries by falling number of true matches, in which the others stand; images (K + 1,): those of
+    all their people, by pid, and one more; place, same, match (Q, M): where in images, is it used, a true match?"""
     images = (torch.isin(gallery_pids, query_pids) & (gallery_pids != JUNK)).nonzero().squeeze(1)
     pids, by_pid = gallery_pids[images].sort(stable=True)
     images = torch.cat([images[by_pid], images.new_zeros(1)])
-    first, last = (torch.searchsorted(pids, query_pids, right=right) for right in (False, True))
+    first, last = (torch.searchsorted(pids, query_pids, right=right)[:, None] for right in (False, True))
     slot = torch.arange(max(int((last - first).max()), 1), device=first.device)
-    place = (first[:, None] + slot).clamp(max=len(pids))
-    same = slot < (last - first)[:, None]
+    place, same = (first + slot).clamp(max=len(pids)), slot < last - first
     match = same & (query_camids[:, None] != gallery_camids[images[place]])
     order = match.sum(1).argsort(descending=True, stable=True)
     return order, images, place[order], same[order], match[order]
@@ -142,9 +134,7 @@ def _people(query_pids: Tensor, query_camids: Tensor, gallery_pids: Tensor, gall
 
 def _count(people, junk: Tensor, to_person: Tensor, blocks) -> dict[str, Tensor]:
     """What rank_queries returns, by counting for each true match the wrong images that are as similar or more.
-
-    to_person (Q, M): similarity to the images of the query's person; blocks: (begin, similarity (Q, n) from there on).
-    """
+    to_person (Q, M): similarity to the images of the query's person; blocks: (begin, similarity (Q, n) from there on)."""
     order, images, place, same, match = people
     threshold = to_person.masked_fill_(~match, -torch.inf).sort(1, descending=True)[0]  # the nearest match first
     wrong = torch.zeros_like(threshold, dtype=torch.float64)
@@ -163,8 +153,8 @@ def _count(people, junk: Tensor, to_person: Tensor, blocks) -> dict[str, Tensor]
     rank = (i + wrong).masked_fill_(i > num[:, None], 0)
     before = torch.where(rank > 1, (i - 1) / (rank - 1), 1.0)
     ap, both = (torch.where(rank > 0, value, 0).sum(1) / num.clamp(min=1) for value in (i / rank, before + i / rank))
-    first, last = rank[:, 0].long(), rank.amax(1).long()
-    columns = dict(num_matches=num, first_rank=first, last_rank=last, ap=ap, ap_trapezoid=both / 2)
+    columns = dict(num_matches=num, first_rank=rank[:, 0].long(), last_rank=rank.amax(1).long(), ap=ap)
+    columns["ap_trapezoid"] = both / 2
     return {key: torch.empty_like(column).index_copy_(0, order, column).cpu() for key, column in columns.items()}
 
 
@@ -172,13 +162,24 @@ def _vectors(name: str, table, index: Tensor | slice, device, dtype: torch.dtype
     """Rows (n, D), their lengths and halves (n,): similarity = query @ row - half. ValueError if one is not finite."""
     rows = _rows(table, index, device).to(dtype)
     square = rows.square().sum(1) if metric == "euclidean" else torch.linalg.vector_norm(rows, dim=1).square()
-    bad = (~square.isfinite()).nonzero().squeeze(1)[:10]
-    if len(bad):
+    if len(bad := (~square.isfinite()).nonzero().squeeze(1)[:10]):
         images = (index[bad] if isinstance(index, Tensor) else bad + index.start).unique().tolist()
         raise ValueError(f"{name} embeddings hold NaN, infinite or giant values, such as images {images}, from 0 on.")
     if metric == "euclidean":
         return rows, square.sqrt(), square / 2
     return rows / square.sqrt().clamp(min=1e-30)[:, None], torch.ones_like(square), torch.zeros_like(square)
+
+
+def _whole_float32():
+    """Turns TF32 and bfloat16 products of float32 off, whichever setting the caller used; returns what restores it."""
+    places = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(places[0], "fp32_precision"):  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(before)
+    before = [place.fp32_precision for place in places]
+    [setattr(place, "fp32_precision", "ieee") for place in places]
+    return lambda: [setattr(place, "fp32_precision", old) for place, old in zip(places, before, strict=True)]
 
 
 def _rows(table, index: Tensor | slice, device: torch.device) -> Tensor:
