@@ -29,7 +29,7 @@ from data.synthetic.render import DISTRACTOR, JUNK, TEST, TRAIN, Task, render
 VERSION = 2  # raised whenever a pixel changes, so that an older folder is never taken for the new one
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 RECORDED = "Pillow 13.0.0, numpy 2.4.6, x86_64"  # what drew the images of the recorded results
-DIGESTS = ("0ec33cbc73cf1477", "71d3a63cf5f63eab")  # with AVX-512, and without: numpy's powers differ a little
+DIGESTS = ("80df411bdd8a2f19", "4291bcccef9965b8")  # with AVX-512, and without: numpy's powers differ a little
 
 
 def tasks(num_ids: int, seed: int) -> list[Task]:
@@ -63,9 +63,9 @@ def versions() -> str:
 
 
 def digest(seed: int = 0) -> str:
-    """Of the pixels of some sixty images of every kind, before they become JPEG."""
+    """Of the pixels of a third of the images of 10 + 10 people, before they become JPEG."""
     drawn = hashlib.sha256()
-    for task in tasks(10, seed)[::7]:
+    for task in tasks(10, seed)[::3]:
         drawn.update(render(task, seed)[0].tobytes())
     return drawn.hexdigest()[:16]
 
