@@ -83,14 +83,14 @@ def generate(data_dir: str | Path, num_ids: int = 150, seed: int = 0, workers: i
         raise ValueError(f"the number of generated identities must be a whole number of at least 2, not {num_ids}")
     if seed < 0 or seed != int(seed):
         raise ValueError(f"the seed of the generated pedestrians must be a whole number of at least 0, not {seed}")
-    data_dir = Path(data_dir)
+    data_dir, num_ids, seed = Path(data_dir), int(num_ids), int(seed)
     name = f"synthetic-v{VERSION}-{num_ids}" + (f"-seed{seed}" if seed else "")
     folder = data_dir / name
     if folder.is_dir():
         return folder
     if digest() not in DIGESTS:
-        differ = f"drawn here with {versions()}, those of the recorded results with {RECORDED}"
-        warnings.warn(f"Some pixels differ, and so will numbers: {differ}", stacklevel=2)
+        text = f"{versions()} here draw some pixels of the generated pedestrians differently than {RECORDED} did for the"
+        warnings.warn(f"{text} recorded results: expect slightly other numbers", stacklevel=2)
     data_dir.mkdir(parents=True, exist_ok=True)
     for leftover in data_dir.glob(f".{name}.*"):  # of a killed attempt; one that still grows belongs to another process
         newest = max((path.stat().st_mtime for path in (leftover, *leftover.glob("*"))), default=0.0)
