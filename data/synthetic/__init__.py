@@ -89,8 +89,8 @@ def generate(data_dir: str | Path, num_ids: int = 150, seed: int = 0, workers: i
     if folder.is_dir():
         return folder
     if digest() not in DIGESTS:
-        text = f"{versions()} here draw some pixels of the generated pedestrians differently than {RECORDED} did for the"
-        warnings.warn(f"{text} recorded results: expect slightly other numbers", stacklevel=2)
+        text = f"some pixels of the generated pedestrians differ from those of the recorded results ({RECORDED})"
+        warnings.warn(f"{text}, and so will numbers: this is {versions()}", stacklevel=2)
     data_dir.mkdir(parents=True, exist_ok=True)
     for leftover in data_dir.glob(f".{name}.*"):  # of a killed attempt; one that still grows belongs to another process
         newest = max((path.stat().st_mtime for path in (leftover, *leftover.glob("*"))), default=0.0)
