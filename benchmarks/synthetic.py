@@ -5,17 +5,18 @@
     python benchmarks/synthetic.py --parts softmax long cameras seeds losses
 
     hsv        HSV histograms over six stripes, nothing learnt
-    untrained  the network of the quick flags before its first step, the mean over three seeds
-    softmax    trained with the quick flags of experiments.sh, seed 0
+    untrained  the network of the quick setting (FLAGS) before its first step, the mean over three seeds
+    softmax    trained in the quick setting, seed 0
     long       the same with three times the epochs
     cameras    trained on the images of cameras 1 to 3, half of all, for twice the epochs: as many steps; scored
                within cameras 1 to 3 and within 4 to 6, beside the network trained on all six
     seeds      softmax with five seeds
-    losses     seed 0 of every loss that experiments.sh has finished (this script trains none of them)
+    losses     seed 0 of every loss whose run of the quick setting is finished (this script trains none of them)
 
 Runs are train.py's own, in runs/ under the names that experiments.sh gives them: a finished one (in runs/ or in
 results/runs/) is used as it is, one that began is resumed. Ends with the table of what is wanted and what was found,
-and writes both to results/benchmarks/synthetic.json; parts that are not asked for are kept from that file.
+and writes both, with the commit that measured each part, to results/benchmarks/synthetic.json; parts that are not asked
+for are kept from that file.
 """
 
 import argparse
@@ -34,12 +35,11 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
 from data import Record, load_dataset  # noqa: E402
 from data.synthetic import VERSION, generate  # noqa: E402
 from evaluate import embed_split, load_run  # noqa: E402
-from losses import LOSSES  # noqa: E402
 from models import build_model  # noqa: E402
+from utils.environment import current_commit  # noqa: E402
 from utils.files import load_json, save_json  # noqa: E402
 from utils.ranking import rank_metrics  # noqa: E402
 from utils.seed import seed_everything  # noqa: E402
@@ -47,24 +47,14 @@ from utils.seed import seed_everything  # noqa: E402
 PARTS = ("hsv", "untrained", "softmax", "long", "cameras", "seeds", "losses")
 KEYS = ("rank1", "mAP")
 NEAR, FAR = (1, 2, 3), (4, 5, 6)  # cameras
-LOSS_ROWS = (*LOSSES, "softmax+triplet", "softmax+center")
+HEIGHT, WIDTH, EPOCHS, MILESTONE = 128, 64, 5, 4  # the quick setting
 
 
-def quick_flags() -> list[str]:
-    """QUICK_FLAGS of experiments.sh, the one place that holds them."""
-    return shlex.split(re.search(r"^QUICK_FLAGS=\((.+)\)$", (ROOT / "experiments.sh").read_text(), re.MULTILINE)[1])
-
-
-def quick(flag: str) -> str:
-    flags = quick_flags()
-    return flags[flags.index(flag) + 1]
-
-
-def longer(times: int) -> tuple[str, ...]:
-    """Epochs and milestones of the quick flags, each so many times as large."""
-    flags = train.build_parser().parse_args(quick_flags())
-    numbers = [str(times * number) for number in (flags.epochs, *flags.milestones)]
-    return ("--epochs", numbers[0], "--milestones", *numbers[1:])
+def flags_for(times: int = 1) -> list[str]:
+    """The quick setting, written out: trained for so many times its epochs."""
+    size = ["--height", str(HEIGHT), "--width", str(WIDTH)]
+    length = ["--epochs", str(times * EPOCHS), "--milestones", str(times * MILESTONE)]
+    return ["--arch", "resnet18", "--weights", "none", *size, *length]
 
 
 # ------------------------------------------------------------------------------------------------- without training
@@ -103,9 +93,8 @@ def measure_untrained(args) -> dict:
     seeds = []
     for seed in range(3):
         seed_everything(seed)
-        model = build_model(quick("--arch")).to(memory_format=torch.channels_last).eval()
-        height, width = int(quick("--height")), int(quick("--width"))
-        features = embed_split(model, split, height=height, width=width, device=torch.device("cpu"))
+        model = build_model("resnet18").to(memory_format=torch.channels_last).eval()
+        features = embed_split(model, split, height=HEIGHT, width=WIDTH, device=torch.device("cpu"))
         metrics = rank_metrics(features.query, *ids(split.query), features.gallery, *ids(split.gallery))
         seeds.append({key: metrics[key] for key in KEYS})
     return {**{key: float(np.mean([s[key] for s in seeds])) for key in KEYS}, "seeds": seeds}
@@ -130,21 +119,20 @@ def trained(name: str, flags: list[str], checkpoint: bool = False) -> dict:
     return load_json(run_dir / "result.json", KEYS)
 
 
-def quick_run(args, seed: int = 0, suffix: str = "", extra: tuple[str, ...] = (), checkpoint: bool = False) -> dict:
-    flags = ["--loss", "softmax", "--dataset", "synthetic", *quick_flags()]
+def quick_run(args, seed: int = 0, suffix: str = "", times: int = 1, checkpoint: bool = False) -> dict:
+    flags = ["--loss", "softmax", "--dataset", "synthetic", *flags_for(times), "--seed", str(seed)]
     if args.data_dir != ROOT / "datasets":  # train.py's default, left out so that runs of experiments.sh can be resumed
         flags += ["--data-dir", str(args.data_dir)]
-    return trained(f"synthetic_softmax_s{seed}_quick{suffix}", [*flags, *extra, "--seed", str(seed)], checkpoint)
-
-
-def measure_softmax(args) -> dict:
-    result = quick_run(args)
+    result = trained(f"synthetic_softmax_s{seed}_quick{suffix}", flags, checkpoint)
     return {key: result[key] for key in KEYS}
 
 
+def measure_softmax(args) -> dict:
+    return quick_run(args)
+
+
 def measure_long(args) -> dict:
-    result = quick_run(args, suffix="_long", extra=longer(3))
-    return {**{key: result[key] for key in KEYS}, "flags": longer(3)}
+    return {**quick_run(args, suffix="_long", times=3), "flags": flags_for(3)[-4:]}
 
 
 def measure_seeds(args) -> dict:
@@ -154,12 +142,11 @@ def measure_seeds(args) -> dict:
 
 def measure_losses(args) -> dict:
     found = {}
-    for row in sorted(LOSS_ROWS):
-        for path in (ROOT / f"results/runs/synthetic_{row}_s0_quick.json", ROOT / f"runs/synthetic_{row}_s0_quick"):
-            path = path / "result.json" if path.suffix != ".json" else path
-            if path.is_file() and row not in found:
-                found[row] = {key: load_json(path, KEYS)[key] for key in KEYS}
-    return found
+    name = "synthetic_*_s0_quick"
+    for path in [*ROOT.glob(f"runs/{name}/result.json"), *ROOT.glob(f"results/runs/{name}.json")]:
+        row, result = re.search(r"synthetic_(.+)_s0_quick", str(path))[1], load_json(path, KEYS)
+        found[row] = {key: result[key] for key in KEYS}
+    return dict(sorted(found.items()))
 
 
 def measure_cameras(args) -> dict:
@@ -174,9 +161,8 @@ def measure_cameras(args) -> dict:
             if folder != "bounding_box_train" or int(re.search(r"_c(\d)s", path.name)[1]) in NEAR:
                 shutil.copyfile(path, copy / folder / path.name)
     try:
-        flags = ["--loss", "softmax", "--dataset", "market", *quick_flags(), *longer(2), "--seed", "0"]
-        flags += ["--data-dir", str(copy.relative_to(ROOT))]
-        trained(name, flags, checkpoint=True)
+        flags = ["--loss", "softmax", "--dataset", "market", *flags_for(2), "--seed", "0"]
+        trained(name, [*flags, "--data-dir", str(copy.relative_to(ROOT))], checkpoint=True)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 
@@ -205,12 +191,11 @@ def checks(found: dict) -> list[tuple[str, str, str, bool]]:
     def add(figure: str, value: float, wanted: str, holds: bool):
         rows.append((figure, f"{100 * value:.1f}", wanted, holds))
 
-    softmax = found.get("softmax")
     if hsv := found.get("hsv"):
         add("HSV histograms, rank-1 %", hsv["rank1"], "< 35", hsv["rank1"] < 0.35)
     if untrained := found.get("untrained"):
         add("untrained network, rank-1 %", untrained["rank1"], "< 20", untrained["rank1"] < 0.20)
-    if softmax:
+    if softmax := found.get("softmax"):
         rank1, gap = softmax["rank1"], softmax["rank1"] - softmax["mAP"]
         add("softmax, rank-1 %", rank1, "55 to 85", 0.55 <= rank1 <= 0.85)
         add("softmax, rank-1 less mAP, points", gap, ">= 10", gap >= 0.10)
@@ -243,17 +228,19 @@ def main():
     parser.add_argument("--output", type=Path, default=default, help="default: results/benchmarks/synthetic.json")
     args = parser.parse_args()
     args.data_dir = args.data_dir.resolve()
-    report = load_json(args.output, ("version", "found")) if args.output.is_file() else {}
-    same = report.get("version") == VERSION and report.get("quick_flags") == quick_flags()
-    found = report["found"] if same else {}
+    settings = {"version": VERSION, "quick_flags": flags_for()}
+    report = load_json(args.output, (*settings, "found")) if args.output.is_file() else {}
+    same = all(report.get(key) == value for key, value in settings.items())
+    found, commits = (report["found"], report.get("commit", {})) if same else ({}, {})
+    header = ("figure", "value", "wanted", "holds")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        found[part] = globals()[f"measure_{part}"](args)
+        found[part], commits[part] = globals()[f"measure_{part}"](args), current_commit()
         rows = checks(found)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"version": VERSION, "quick_flags": quick_flags(), "torch": torch.__version__}
-        table = [dict(zip(("figure", "value", "wanted", "holds"), row, strict=True)) for row in rows]
-        save_json(args.output, {**settings, "found": found, "checks": table})
-    print(tabulate([(*row[:3], "yes" if row[3] else "NO") for row in rows], ("figure", "value", "wanted", "holds")))
+        table = [dict(zip(header, row, strict=True)) for row in rows]
+        versions = {"torch": torch.__version__, "commit": commits}
+        save_json(args.output, {**settings, **versions, "found": found, "checks": table})
+    print(tabulate([(*row[:3], "yes" if row[3] else "NO") for row in rows], header))
 
 
 if __name__ == "__main__":

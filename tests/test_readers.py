@@ -289,8 +289,8 @@ def test_load_synthetic(tmp_path, monkeypatch):
     """Generated with the number of identities asked for, then read without a word about Market-1501's counts."""
     asked = []
 
-    def generate(data_dir, num_ids):
-        asked.append((data_dir, num_ids))
+    def generate(data_dir, num_ids, seed):
+        asked.append((data_dir, num_ids, seed))
         return write(tmp_path / str(num_ids), MARKET)
 
     monkeypatch.setitem(sys.modules, "data.synthetic", type(sys)("data.synthetic"))
@@ -298,8 +298,8 @@ def test_load_synthetic(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_dataset("synthetic", tmp_path, synthetic_ids=7) == market1501(tmp_path / "7", check_counts=False)
-        load_dataset("synthetic", tmp_path)
-    assert asked == [(tmp_path, 7), (tmp_path, 150)]
+        load_dataset("synthetic", tmp_path, synthetic_seed=3)
+    assert asked == [(tmp_path, 7, 0), (tmp_path, 150, 3)]
 
 
 @pytest.mark.parametrize("name, closest", [("markt", "market"), ("dukemtmc", "duke"), ("synth", "synthetic")])

@@ -1,5 +1,7 @@
 """Generated pedestrians: same seed, same pixels; Market's layout and proportions; near twins; only whole folders."""
 
+import itertools
+import json
 import os
 import re
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import synthetic as benchmark
 from data import synthetic
-from data.synthetic import FOLDERS, TEST, TRAIN, generate, near_twin, people, tasks, visible
+from data.synthetic import DIGESTS, FOLDERS, RECORDED, TEST, TRAIN, digest, generate, people, tasks, versions
+from data.synthetic.__main__ import contact_sheet
+from data.synthetic.figures import Figure, Pose
+from data.synthetic.people import TWIN_SHARE, near_twin, visible
+from data.synthetic.scenes import CAMERAS, cameras, scene
 
+SEED_1_DIGESTS = ("1f4de4c9d4b1b244", "19a55b49799fc48e")  # with AVX-512, and without
 NAME = re.compile(r"(-1|\d{4,})_c([1-6])s([1-6])_(\d{6})_(\d{2})\.jpg")
 
 
@@ -74,11 +83,79 @@ def test_same_pixels_whatever_the_number_of_workers(small, tmp_path):
     assert contents(three) == contents(small)
 
 
-def test_other_seed_other_folder_other_people(small):
+def test_drawn_pixels_are_the_recorded_ones():
+    """Digests of the arrays, since JPEG encoders differ; recorded with one set of versions."""
+    drawn = tasks(10, seed=0)[::3]
+    assert {task.stream for task in drawn} == {0, 1, 2, 3} and {task.camera for task in drawn} == {1, 2, 3, 4, 5, 6}
+    assert {task.path.split("/")[0] for task in drawn} == set(FOLDERS)
+    if versions() != RECORDED:
+        pytest.skip(f"the digest was recorded with {RECORDED}, here are {versions()}")
+    assert digest() in DIGESTS
+    assert digest(seed=1) in SEED_1_DIGESTS
+
+
+def test_other_pixels_are_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "DIGESTS", ())
+    with pytest.warns(UserWarning, match=rf"^some pixels .*\({RECORDED}\), and so will numbers") as said:
+        folder = generate(tmp_path / "new", num_ids=2)
+    assert len(said) == 1
+    monkeypatch.setattr(synthetic, "DIGESTS", (digest(),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert contents(generate(tmp_path / "again", num_ids=2)) == contents(folder)
+        monkeypatch.setattr(synthetic, "DIGESTS", ())
+        assert generate(tmp_path / "new", num_ids=2) == folder  # it is there: nothing is drawn, nothing said
+
+
+def test_another_seed_gives_other_people_and_cameras(small):
     other = generate(small.parent, num_ids=4, seed=1)
-    assert other.name == f"{small.name}-s1" and small.is_dir()
-    assert people(20, seed=1, stream=TRAIN) != people(20, seed=0, stream=TRAIN)
-    assert contents(other) != contents(small)
+    assert other.name == f"{small.name}-seed1" and small.is_dir()
+    assert not set(contents(other).values()) & set(contents(small).values())
+    for stream in (TRAIN, TEST):
+        seen = [{visible(person) for person in people(150, seed, stream)} for seed in (0, 1, 2)]
+        assert max(len(a & b) for a, b in itertools.combinations(seen, 2)) < 5  # from one vocabulary: hardly any
+    assert cameras(0) is CAMERAS
+    for a, b in itertools.combinations((cameras(seed) for seed in (0, 1, 2)), 2):
+        assert sorted(camera.scene for camera in a) == sorted(camera.scene for camera in b)
+        for field in ("light", "red", "gamma", "blur", "pitch"):
+            assert not {getattr(camera, field) for camera in a} & {getattr(camera, field) for camera in b}
+    views = [np.stack([np.asarray(scene(c.scene, seed), float) for c in CAMERAS]) for seed in (0, 1)]
+    assert abs(views[0] - views[1]).mean() > 10  # the grain alone: 4.5
+
+
+@pytest.mark.parametrize("seed", [1, 2, 12345])
+def test_cameras_of_another_seed_lie_between_the_extremes(seed):
+    bounds = np.array([camera[1:-1] for camera in CAMERAS])
+    drawn = np.array([camera[1:-1] for camera in cameras(seed)])
+    assert (drawn >= bounds.min(axis=0)).all() and (drawn <= bounds.max(axis=0)).all()
+    assert (drawn.std(axis=0) > 0.1 * bounds.std(axis=0)).all()
+    assert {camera.seed for camera in cameras(seed)} == {seed}
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5])
+def test_impossible_seed(tmp_path, seed):
+    with pytest.raises(ValueError, match=f"seed of the generated pedestrians .* at least 0, not {seed}"):
+        generate(tmp_path, num_ids=4, seed=seed)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no processor affinity")
+def test_as_many_processes_as_this_one_may_use_processors(tmp_path, monkeypatch):
+    """A container's share, not the machine's processors; a tiny set needs no other process."""
+    started = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, command, **options):
+            started.append(command)
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    generate(tmp_path, num_ids=2)
+    assert started == []
+    monkeypatch.chdir(tmp_path)
+    folder = generate("relative", num_ids=22)
+    assert len(started) == 3 and len(contents(folder)) == len(tasks(22, 0)) >= 1000
 
 
 def test_other_version_other_folder(small, monkeypatch):
@@ -102,7 +179,7 @@ def test_everybody_is_somebody_else():
 
 def test_near_twins_differ_in_one_detail():
     group = people(150, seed=0, stream=TRAIN)
-    twins = int(150 * synthetic.TWIN_SHARE / 2)
+    twins = int(150 * TWIN_SHARE / 2)
     assert twins >= 15
     details = set()
     for original, twin in zip(group, group[-twins:], strict=False):
@@ -132,8 +209,8 @@ def test_a_view_shows_what_it_should():
     )  # fmt: skip
 
     def pixels(person, yaw):
-        pose = synthetic.Pose(yaw=yaw, phase=0.5, stride=0.5, x=64, ground=245, size=0.9)
-        return np.asarray(synthetic.Figure(person, pose, synthetic.CAMERAS[0]).colour).astype(int)
+        pose = Pose(size=0.9, yaw=yaw, phase=0.5, stride=0.5, x=64, ground=245)
+        return np.asarray(Figure(person, pose, CAMERAS[0]).colour).astype(int)
 
     def changed(person, yaw):
         return int((pixels(person, yaw) != pixels(plain, yaw)).any(axis=2).sum())
@@ -151,19 +228,20 @@ def test_too_few_people(tmp_path, num_ids):
 
 
 def test_an_attempt_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fail_late(task, seed, render=synthetic.render):
-        if task.path.startswith("query"):
-            raise OSError("No space left on device")
-        return render(task, seed)
+    def fail_late(*args, draw_tasks=synthetic.draw_tasks):
+        for task in draw_tasks(*args):
+            if task.path.startswith("query"):
+                raise OSError("No space left on device")
+            yield task
 
-    monkeypatch.setattr(synthetic, "render", fail_late)
+    monkeypatch.setattr(synthetic, "draw_tasks", fail_late)
     with pytest.raises(OSError, match="No space"):
         generate(tmp_path, num_ids=2)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_fails_stops_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "worker_command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(OSError, match="could not be drawn"):
         generate(tmp_path, num_ids=2, workers=2)
     assert not list(tmp_path.iterdir())
@@ -172,7 +250,7 @@ def test_a_worker_that_fails_stops_it(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="kills by a signal")
 def test_a_killed_attempt_is_not_taken_for_a_whole_folder(tmp_path, small):
     code = f"from data.synthetic import generate; generate({str(tmp_path)!r}, num_ids=40, workers=2)"
-    root = Path(synthetic.__file__).resolve().parent.parent
+    root = Path(synthetic.__file__).resolve().parents[2]
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 30
     while not list(tmp_path.rglob("*.jpg")) and time.monotonic() < end:
@@ -212,6 +290,36 @@ def test_two_at_once_end_well(tmp_path, small, monkeypatch):
 
 
 def test_contact_sheet(tmp_path):
-    synthetic.contact_sheet(tmp_path / "sheet.png", num_people=1)
+    contact_sheet(tmp_path / "sheet.png", num_people=1)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (128 + 4 + 128, 12 * 64 + 11 * 4 + 5 * 12, 3)
+
+
+def test_benchmark_names_the_commit_of_each_part(tmp_path, monkeypatch, capsys):
+    """Parts that are not asked for are kept with their commit; figures of another version of the images are not."""
+    output = tmp_path / "synthetic.json"
+    runs = {"runs/synthetic_a+b_s0_quick/result.json": 0.7, "results/runs/synthetic_c_s0_quick.json": 0.5}
+    for name, rank1 in runs.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"rank1": rank1, "mAP": 0.3, "seconds": 1}))
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "measure_hsv", lambda _: {"rank1": 0.4, "mAP": 0.1})
+    monkeypatch.setattr(benchmark, "measure_softmax", lambda _: {"rank1": 0.6, "mAP": 0.4})
+
+    def written(commit, *parts):
+        monkeypatch.setattr(sys, "argv", ["synthetic.py", "--parts", *parts, "--output", str(output)])
+        monkeypatch.setattr(benchmark, "current_commit", lambda: commit)
+        benchmark.main()
+        return json.loads(output.read_text())
+
+    first = written("first", "hsv", "losses")
+    assert first["commit"] == {"hsv": "first", "losses": "first"}
+    assert first["found"]["losses"] == {"a+b": {"rank1": 0.7, "mAP": 0.3}, "c": {"rank1": 0.5, "mAP": 0.3}}
+    second = written("second", "softmax")
+    assert second["commit"] == {"hsv": "first", "losses": "first", "softmax": "second"}
+    found = [(row["value"], row["holds"]) for row in second["checks"]]
+    assert found == [("40.0", False), ("60.0", True), ("20.0", True), ("20.0", False)]
+    assert "HSV histograms, rank-1 %" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "VERSION", -1)
+    assert written("third", "softmax")["commit"] == {"softmax": "third"}
