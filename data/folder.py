@@ -77,7 +77,7 @@ def folder(
         shape, found = read_folders(root, report)
     if not found:
         return Split([], [], [])
-    return build(found, shape, split_seed, test_share, report)
+    return build(found, shape, str(root), split_seed, test_share, report)
 
 
 def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
@@ -121,9 +121,13 @@ def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
 
 
 def describe(others: Counter) -> str:
-    """Of {".heic": 12}: "12 files of type .heic"."""
-    kinds = {suffix: f"of type {suffix}" if suffix else "of no type" for suffix in others}
-    return ", ".join(f"{others[suffix]:,} files {kind}" for suffix, kind in kinds.items())
+    """Of {".heic": 12, "": 1}: "12 files of type .heic, 1 file of no type"."""
+    kinds = others.most_common()
+    return ", ".join(f"{number_of(n, 'file')} of {'type ' + suffix if suffix else 'no type'}" for suffix, n in kinds)
+
+
+def number_of(count: int, one: str, many: str = "") -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def scan(place: str, others: Counter, report: Report, links: tuple[str, ...] = ()) -> list[str]:
@@ -196,7 +200,7 @@ def read_csv(file: Path, base: Path, report: Report = stop) -> list[Found]:
     return found
 
 
-def build(found: list[Found], shape: str, split_seed: int, test_share: float, report: Report) -> Split:
+def build(found: list[Found], shape: str, where: str, split_seed: int, test_share: float, report: Report) -> Split:
     """Number the people and make the lists; report what there is in words."""
     for one in found:
         if one.person == "-1":
@@ -208,13 +212,13 @@ def build(found: list[Found], shape: str, split_seed: int, test_share: float, re
     pids = {name: pid for pid, name in enumerate(names, 1)}
     records = [Record(Path(one.path), pids[one.person], -1 if without else one.camid) for one in found]
     cameras = len({record.camid for record in records})
-    known = f"{cameras} cameras" if cameras > 1 else "one camera"
+    known = number_of(cameras, "camera")
     if without:
-        known = f"cameras unknown ({without:,} images without _cN) and so ignored"
-    report("note", f"{shape}: {len(names):,} people, {len(found):,} images, {known}")
+        known = f"cameras unknown ({number_of(without, 'image')} without _cN) and so ignored"
+    report("note", f"{shape}: {number_of(len(names), 'person', 'people')}, {number_of(len(found), 'image')}, {known}")
 
     if found and not found[0].part:
-        split = split_people(names, records, split_seed, test_share, report)
+        split = split_people(names, records, where, split_seed, test_share, report)
     else:
         lists = {part: [r for r, one in zip(records, found, strict=True) if one.part == part] for part in Split._fields}
         split = Split(**lists)
@@ -222,9 +226,10 @@ def build(found: list[Found], shape: str, split_seed: int, test_share: float, re
     split = split._replace(train=add_labels(split.train))
     train, test = {r.pid for r in split.train}, {r.pid for r in [*split.query, *split.gallery]}
     if len(train) < LEAST and test:
-        report("people", f"There {'is one person' if train else 'is nobody'} to train with: a loss needs two or more.")
+        who = "one person" if train else "nobody"
+        report("people", f"{where} has {who} for training: a loss needs two people or more.")
     if both := train & test:
-        report("note", f"{len(both):,} of the {len(test):,} test people are in training, too")
+        report("note", f"both in training and in the test: {number_of(len(both), 'person', 'people')}")
     return split
 
 
@@ -240,7 +245,7 @@ def check_names(names: list[str], report: Report) -> None:
             report("similar names", f"{other!r} and {name!r} count as two people: their names differ in case only.")
 
 
-def split_people(names: list[str], records: list[Record], seed: int, share: float, report: Report) -> Split:
+def split_people(names: list[str], records: list[Record], where: str, seed: int, share: float, report: Report) -> Split:
     """Draw the people for testing, and of each of them the queries. All are in training if that cannot be done."""
     people = {name: [] for name in names}
     for record in records:
@@ -248,27 +253,29 @@ def split_people(names: list[str], records: list[Record], seed: int, share: floa
     wanted = min(max(round(share * len(names)), LEAST), len(names) - LEAST)
     several = [name for name, images in people.items() if len(images) > 1]
     candidates = [name for name, images in people.items() if len({camera(r) for r in images}) > 1]
-    lacking = "seen by one camera" if has_cameras(records) else "with one image"
+    lacking = "seen by one camera only" if has_cameras(records) else "with one image only"
     if len(candidates) < LEAST <= len(several):
-        report("note", f"{len(candidates)} people were seen by two cameras, too few for a test: cameras are ignored")
+        seen = number_of(len(candidates), "person", "people")
+        report("note", f"seen by two cameras: {seen}, too few for a test, so cameras are ignored")
         people = {name: [r._replace(camid=-1) for r in images] for name, images in people.items()}
-        candidates, lacking = several, "with one image"
+        candidates, lacking = several, "with one image only"
     if len(names) < 2 * LEAST:
-        who = f"one person ({names[0]}) is" if len(names) == 1 else f"{len(names)} people are"
-        text = f"Only {who} there, each in a folder of its own: two for training and two for testing are the least"
-        report("people", f"{text}; is this the folder whose folders are people?")
+        who = f"one person only ({names[0]})" if len(names) == 1 else f"only {len(names)} people"
+        text = f"{where} shows {who}, and two for training and two for testing are the least"
+        report("people", f"{text}: add people, or pass the folder whose folders are people.")
     elif len(candidates) < LEAST:
-        who = "No person has" if not candidates else f"Only {candidates[0]} has"
-        report("people", f"{who} two images or more, and without two a person cannot be searched for: add images.")
+        who = f"only {candidates[0]} has" if candidates else "nobody has"
+        report("people", f"In {where} {who} two images or more, and with one nobody can be searched for: add images.")
     else:
         drawn = set(random.Random(f"folder {seed}").sample(candidates, min(wanted, len(candidates))))
         query, gallery = choose_queries({name: people[name] for name in sorted(drawn)}, f"folder {seed}")
         train = [r for name in names if name not in drawn for r in people[name]]
+        queries = number_of(len(query), "query", "queries")
         made = f"split by seed {seed}: {len(names) - len(drawn):,} people for training ({len(train):,} images), "
-        made += f"{len(drawn):,} for testing ({len(query):,} queries, {len(gallery):,} gallery images)"
-        report("note", made)
+        report("note", f"{made}{len(drawn):,} for testing ({queries}, {number_of(len(gallery), 'gallery image')})")
         if rest := len(names) - len(candidates):
-            report("note", f"{rest:,} people {lacking} only cannot be searched for and are in training")
+            who = number_of(rest, "person", "people")
+            report("note", f"in training, since there is nothing to search for: {who} {lacking}")
         return Split(train, query, gallery)
     return Split(records, [], [])
 
@@ -291,7 +298,7 @@ def write_split_csv(split: Split, file: Path, data_dir: str | Path) -> None:
 def read_split_csv(file: Path, data_dir: str | Path, report: Report = stop) -> Split:
     """The split that `write_split_csv` kept: the same records, if the images still lie as they did below data_dir."""
     found = read_csv(file, folder_of(data_dir), report)
-    return build(found, f"the split kept in {file}", 0, 0.5, report) if found else Split([], [], [])
+    return build(found, f"the split kept in {file}", str(file), 0, 0.5, report) if found else Split([], [], [])
 
 
 def folder_of(data_dir: str | Path) -> Path:
