@@ -69,7 +69,12 @@ def folder(
     if not 0 < test_share < 1:
         raise ValueError(f"The share of test people must be between 0 and 1, not {test_share}.")
     if root.is_file():
-        shape, found = "CSV file", read_csv(root, root.parent, report)
+        try:
+            shape, found = "CSV file", read_csv(root, root.parent, report)
+        except csv.Error as error:  # a quotation mark that is not closed makes a value too long, say
+            raise ValueError(
+                f"{root} can't be read as a CSV file ({error}): look for a stray quotation mark."
+            ) from None
     elif not root.is_dir():
         report("missing folder", f"There is no folder or CSV file {root}.")
         return Split([], [], [])
@@ -167,7 +172,7 @@ def read_csv(file: Path, base: Path, report: Report = stop) -> list[Found]:
         columns = [name.strip() for name in next(csv.reader([first], **dialect), [])]
         if missing := [name for name in ("path", "pid") if name not in columns]:
             wrong = f"{file} has no column {' and no column '.join(missing)}"
-            report("table", f"{wrong}: its first line must be path,pid[,camid][,split], not {first.strip()!r}.")
+            report("table", f"{wrong}: its first line must be path,pid[,camid][,split], not {first.strip()[:80]!r}.")
             return []
         rows = csv.DictReader(text, columns, **dialect)
         for row in rows:

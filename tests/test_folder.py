@@ -95,6 +95,8 @@ def test_cameras_are_known_if_every_name_holds_one(tmp_path):
     split, told = read(tmp_path)
     assert {r.camid for records in split for r in records} == {-1} and len(split.query) == 2
     assert "cameras unknown (1 image without _cN) and so ignored" in told[0]
+    write(tmp_path / "folders", *people("a_c1", "b_c2", "c_c1/x_c3", "d_c4"))  # names of images, not of folders
+    assert "cameras unknown (12 images" in read(tmp_path / "folders")[1][0]
 
 
 def test_one_camera_is_no_camera(tmp_path):
@@ -129,6 +131,7 @@ def test_who_cannot_be_searched_for_is_in_training(tmp_path):
         (["a/1.heic", "a/2.heic", "b/readme.txt"], "2 files of type .heic, 1 file of type .txt there can't"),
         ([], "holds no images"),
         (people("train/a", "test/a"), "holds test and train, but a split is the three folders train, query"),
+        (people("train/a", "test/a", "more/b"), "holds test and train, but a split is the three folders train, query"),
         (people("query/a"), "holds query, but a split is the three folders"),
     ],
 )
@@ -354,6 +357,7 @@ def test_cameras_in_a_csv_file(tmp_path):
         ("path,pid,camid\n1.jpg,a,left\n", "line 2: the camera must be a whole number .*not 'left'"),
         ("path,pid,camid\n1.jpg,a,-1\n", "line 2: the camera must be"),
         ("path,pid,split\n1.jpg,a,test\n", "line 2: the split must be train, query or gallery, not 'test'"),
+        ('path,pid\n"1.jpg,a\n' + "2.jpg,b\n" * 20000, "can't be read as a CSV file .*quotation mark not closed"),
         ("path,pid,split\n1.jpg,a,train\n2.jpg,b,train\n", "lists no images with the split query"),
     ],
 )
