@@ -72,9 +72,7 @@ def folder(
         try:
             shape, found = "CSV file", read_csv(root, root.parent, report)
         except csv.Error as error:  # a quotation mark that is not closed makes a value too long, say
-            raise ValueError(
-                f"{root} can't be read as a CSV file ({error}): look for a stray quotation mark."
-            ) from None
+            raise ValueError(f"{root} can't be read as a CSV file ({error}): is a quotation mark not closed?") from None
     elif not root.is_dir():
         report("missing folder", f"There is no folder or CSV file {root}.")
         return Split([], [], [])

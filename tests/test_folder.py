@@ -357,7 +357,7 @@ def test_cameras_in_a_csv_file(tmp_path):
         ("path,pid,camid\n1.jpg,a,left\n", "line 2: the camera must be a whole number .*not 'left'"),
         ("path,pid,camid\n1.jpg,a,-1\n", "line 2: the camera must be"),
         ("path,pid,split\n1.jpg,a,test\n", "line 2: the split must be train, query or gallery, not 'test'"),
-        ('path,pid\n"1.jpg,a\n' + "2.jpg,b\n" * 20000, "can't be read as a CSV file .*quotation mark not closed"),
+        ('path,pid\n"1.jpg,a\n' + "2.jpg,b\n" * 20000, "can't be read as a CSV file .*is a quotation mark not closed"),
         ("path,pid,split\n1.jpg,a,train\n2.jpg,b,train\n", "lists no images with the split query"),
     ],
 )
