@@ -5,26 +5,20 @@ ICCV 2017. File names such as 0005_c2_f0046985.jpg: identity 5, camera 2 (1 to 8
 408 people of the gallery who are in no query.
 """
 
-import os
 import re
-import warnings
 from pathlib import Path
 
-from data.records import Record, Split
+from data.records import Report, Split, add_labels, compare_counts, find_folder, read_folder, stop
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 PLACES = ("dukemtmc-reid/DukeMTMC-reID", "dukemtmc-reid", "DukeMTMC-reID", ".")  # below the root
 NAME = re.compile(r"(?!0+_)([0-9]{1,18})_c([0-9])_f")  # identity (never 0), camera; 18 digits fit an int64
 EXAMPLE = "0005_c2_f0046985.jpg"
 CAMERAS = range(1, 9)
-COUNTS = {  # (identities, images) of a complete copy
-    "train": (702, 16522),
-    "query": (702, 2228),
-    "gallery": (1110, 17661),
-}
+COUNTS = {"train": (702, 16522), "query": (702, 2228), "gallery": (1110, 17661)}  # identities, images
 
 
-def dukemtmc(root: str | Path, check_counts: bool = True) -> Split:
+def dukemtmc(root: str | Path, check_counts: bool = True, report: Report = stop) -> Split:
     """Read the file names of DukeMTMC-reID.
 
     root: the folder that holds dukemtmc-reid/, or any folder further in, down to the one with the three image folders.
@@ -32,61 +26,9 @@ def dukemtmc(root: str | Path, check_counts: bool = True) -> Split:
     Warns if the counts are not those of a complete copy, unless check_counts is False.
     Raises FileNotFoundError if a folder is missing or without images, ValueError if a file name cannot be parsed.
     """
-    folder = find_folder(root, PLACES, FOLDERS)
-    train, query, gallery = (read_folder(folder / name, NAME, EXAMPLE) for name in FOLDERS.values())
+    folder = find_folder(root, PLACES, [*FOLDERS.values()], report)
+    train, query, gallery = (read_folder(folder / name, NAME, EXAMPLE, report) for name in FOLDERS.values())
     split = Split(add_labels(train), query, gallery)
     if check_counts:
-        warn_if_partial("DukeMTMC-reID", folder, split, COUNTS)
+        compare_counts("DukeMTMC-reID", folder, split, COUNTS, CAMERAS, report)
     return split
-
-
-# The helpers below are the same in every reader with folders of images, so that each file can be read on its own.
-
-
-def find_folder(root: str | Path, places: tuple[str, ...], folders: dict[str, str]) -> Path:
-    """The place below root that holds all the folders; FileNotFoundError says what is missing, and from where."""
-    candidates = [Path(root) / place for place in places]
-    missing = {c: [name for name in folders.values() if not (c / name).is_dir()] for c in candidates}
-    best = min(candidates, key=lambda c: len(missing[c]))  # the first of the best
-    if len(missing[best]) == len(folders):
-        wanted, tried = ", ".join(folders.values()), ", ".join(map(str, candidates))
-        raise FileNotFoundError(f"No folders {wanted} in any of {tried}: put them into the first, or pass --data-dir.")
-    if missing[best]:
-        raise FileNotFoundError(f"{best} has no folder {' and no folder '.join(missing[best])}: copy it there.")
-    return best
-
-
-def read_folder(folder: Path, pattern: re.Pattern[str], example: str) -> list[Record]:
-    """A record for each image, sorted by path. Images end in .jpg, .jpeg or .png (any case); hidden files are none."""
-    records = []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if not entry.name.lower().endswith((".jpg", ".jpeg", ".png")) or entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                continue
-            match = pattern.match(entry.name)
-            if not match:
-                raise ValueError(f"Cannot parse the file name {entry.path!r}: expected a name such as {example}.")
-            records.append(Record(folder / entry.name, pid=int(match[1]), camid=int(match[2])))
-    if not records:
-        raise FileNotFoundError(f"{folder} holds no images (.jpg, .jpeg, .png): copy the data set's images there.")
-    return records
-
-
-def add_labels(records: list[Record]) -> list[Record]:
-    """The same records, their identities numbered 0..C-1 in the order of the pids."""
-    labels = {pid: label for label, pid in enumerate(sorted({r.pid for r in records}))}
-    return [r._replace(label=labels[r.pid]) for r in records]
-
-
-def warn_if_partial(title: str, folder: Path, split: Split, counts: dict[str, tuple[int, int]]) -> None:
-    """One warning with all the differences between the split and the published counts (identities, images)."""
-    found = {name: (len({r.pid for r in records}), len(records)) for name, records in split._asdict().items()}
-    differences = [
-        f"{name} {images:,} images of {pids:,} identities instead of {counts[name][1]:,} of {counts[name][0]:,}"
-        for name, (pids, images) in found.items()
-        if (pids, images) != counts[name]
-    ]
-    if differences:
-        warnings.warn(f"{title} in {folder} is not the complete data set: {'; '.join(differences)}.", stacklevel=3)

@@ -2,31 +2,26 @@
 
 Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015.
 File names such as 0002_c1s1_000451_03.jpg: identity 2, camera 1 (1 to 6). Identity 0000 is a distractor (a wrong
-answer for every query), -1 is junk (a bad box that counts neither as right nor as wrong).
+answer for every query; 2,798 images), -1 is junk (a bad box that counts neither as right nor as wrong; 3,819 images).
 """
 
-import os
 import re
-import warnings
 from pathlib import Path
 
-from data.records import Record, Split
+from data.records import Record, Report, Split, add_labels, compare_counts, find_folder, list_images, read_folder, stop
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 PLACES = ("market1501/Market-1501-v15.09.15", "market1501", "Market-1501-v15.09.15", ".")  # below the root
 NAME = re.compile(r"(-1|[0-9]{1,18})_c([0-9])s")  # identity, camera; 18 digits fit an int64
 EXAMPLE = "0002_c1s1_000451_03.jpg"
 CAMERAS = range(1, 7)
-COUNTS = {  # (identities, images) of a complete copy; gallery: without junk, the distractors being one "identity"
-    "train": (751, 12936),
-    "query": (750, 3368),
-    "gallery": (751, 15913),
-    "distractors": (1, 2798),  # part of the gallery
-    "junk": (1, 3819),  # in the gallery's folder, but not in the gallery
-}
+COUNTS = {"train": (751, 12936), "query": (750, 3368), "gallery": (751, 15913)}  # identities (distractors: 1), images
+
+MORE = "images"  # the folder of the 500,000 distractors
+MORE_COUNTS = {**COUNTS, "gallery": (751, 515913)}
 
 
-def market1501(root: str | Path, check_counts: bool = True) -> Split:
+def market1501(root: str | Path, check_counts: bool = True, report: Report = stop) -> Split:
     """Read the file names of Market-1501, or of any folder in its layout.
 
     root: the folder that holds market1501/, or any folder further in, down to the one with the three image folders.
@@ -34,66 +29,38 @@ def market1501(root: str | Path, check_counts: bool = True) -> Split:
     Warns if the counts are not those of a complete copy, unless check_counts is False.
     Raises FileNotFoundError if a folder is missing or without images, ValueError if a file name cannot be parsed.
     """
-    folder = find_folder(root, PLACES, FOLDERS)
-    train = [r for r in read_folder(folder / FOLDERS["train"], NAME, EXAMPLE) if r.pid > 0]
-    query = [r for r in read_folder(folder / FOLDERS["query"], NAME, EXAMPLE) if r.pid > 0]
-    gallery = [r for r in read_folder(folder / FOLDERS["gallery"], NAME, EXAMPLE) if r.pid >= 0]
-    split = Split(add_labels(train), query, gallery)
-    for name, records in split._asdict().items():
-        if not records:
-            raise FileNotFoundError(f"{folder / FOLDERS[name]} holds junk or distractor images only: copy it again.")
+    folder = find_folder(root, PLACES, [*FOLDERS.values()], report)
+    lists = {}
+    for part, name in FOLDERS.items():
+        records = read_folder(folder / name, NAME, EXAMPLE, report)
+        least = 0 if part == "gallery" else 1
+        lists[part] = [r for r in records if r.pid >= least]
+        for r in records if part != "gallery" else ():
+            if r.pid < least:
+                report("left out", f"{r.path} is junk or a distractor.")
+        if records and not lists[part]:
+            report("empty folder", f"{folder / name} holds junk or distractor images only: copy it again.")
+    split = Split(**{**lists, "train": add_labels(lists["train"])})
     if check_counts:
-        warn_if_partial("Market-1501", folder, split, COUNTS)
+        compare_counts("Market-1501", folder, split, COUNTS, CAMERAS, report)
     return split
 
 
-# The helpers below are the same in every reader with folders of images, so that each file can be read on its own.
+def market500k(root: str | Path, check_counts: bool = True, report: Report = stop) -> Split:
+    """Market-1501 with 500,000 distractors more in the gallery: its folder `images`, beside the three others.
 
-
-def find_folder(root: str | Path, places: tuple[str, ...], folders: dict[str, str]) -> Path:
-    """The place below root that holds all the folders; FileNotFoundError says what is missing, and from where."""
-    candidates = [Path(root) / place for place in places]
-    missing = {c: [name for name in folders.values() if not (c / name).is_dir()] for c in candidates}
-    best = min(candidates, key=lambda c: len(missing[c]))  # the first of the best
-    if len(missing[best]) == len(folders):
-        wanted, tried = ", ".join(folders.values()), ", ".join(map(str, candidates))
-        raise FileNotFoundError(f"No folders {wanted} in any of {tried}: put them into the first, or pass --data-dir.")
-    if missing[best]:
-        raise FileNotFoundError(f"{best} has no folder {' and no folder '.join(missing[best])}: copy it there.")
-    return best
-
-
-def read_folder(folder: Path, pattern: re.Pattern[str], example: str) -> list[Record]:
-    """A record for each image, sorted by path. Images end in .jpg, .jpeg or .png (any case); hidden files are none."""
-    records = []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if not entry.name.lower().endswith((".jpg", ".jpeg", ".png")) or entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                continue
-            match = pattern.match(entry.name)
-            if not match:
-                raise ValueError(f"Cannot parse the file name {entry.path!r}: expected a name such as {example}.")
-            records.append(Record(folder / entry.name, pid=int(match[1]), camid=int(match[2])))
-    if not records:
-        raise FileNotFoundError(f"{folder} holds no images (.jpg, .jpeg, .png): copy the data set's images there.")
-    return records
-
-
-def add_labels(records: list[Record]) -> list[Record]:
-    """The same records, their identities numbered 0..C-1 in the order of the pids."""
-    labels = {pid: label for label, pid in enumerate(sorted({r.pid for r in records}))}
-    return [r._replace(label=labels[r.pid]) for r in records]
-
-
-def warn_if_partial(title: str, folder: Path, split: Split, counts: dict[str, tuple[int, int]]) -> None:
-    """One warning with all the differences between the split and the published counts (identities, images)."""
-    found = {name: (len({r.pid for r in records}), len(records)) for name, records in split._asdict().items()}
-    differences = [
-        f"{name} {images:,} images of {pids:,} identities instead of {counts[name][1]:,} of {counts[name][0]:,}"
-        for name, (pids, images) in found.items()
-        if (pids, images) != counts[name]
-    ]
-    if differences:
-        warnings.warn(f"{title} in {folder} is not the complete data set: {'; '.join(differences)}.", stacklevel=3)
+    All of them have pid 0, whatever their names; their camera is 0 where the name does not begin as Market-1501's.
+    Otherwise as market1501.
+    """
+    split = market1501(root, check_counts=False, report=report)
+    folder = find_folder(root, PLACES, [*FOLDERS.values()], lambda *_: None)
+    if not (folder / MORE).is_dir():
+        report("missing folder", f"{folder} has no {MORE}, the folder of the 500,000 distractors: copy it there.")
+    more = []
+    for name in list_images(folder / MORE, report):
+        match = NAME.match(name)
+        more.append(Record(folder / MORE / name, pid=0, camid=int(match[2]) if match else 0))
+    split = split._replace(gallery=split.gallery + more)  # bounding_box_test comes before images
+    if check_counts:
+        compare_counts("Market-1501 + 500k", folder, split, MORE_COUNTS, range(7), report)
+    return split

@@ -1,9 +1,10 @@
 """The readers against folders of tiny JPEGs with everything that real copies of the data sets hold."""
 
-import ast
+import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,14 +12,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from data import DATASETS, load_dataset
+from data import (
+    DATASETS,
+    add_reader_flags,
+    check_options,
+    check_true_matches,
+    load_dataset,
+    load_datasets,
+    reader_options,
+)
 from data.dukemtmc import dukemtmc
 from data.holdout import holdout
-from data.market1501 import market1501
-from data.records import Record
-
-DATA = Path(data.__file__).parent
-READER_FILES = ("market1501.py", "dukemtmc.py")
+from data.images import FORMATS
+from data.market1501 import MORE_COUNTS, market500k, market1501
+from data.records import SUFFIXES, Record, Split
 
 MARKET = {
     "bounding_box_train": ["0007_c3s3_077419_03.jpg", "0002_c1s1_000451_03.jpg", "0002_c2s1_000451_01.jpg"],
@@ -94,7 +101,7 @@ def test_market_folder_of_junk_only(tmp_path, name):
         market1501(folder)
 
 
-# Both readers
+# The readers of folders in Market's style
 
 
 @pytest.mark.parametrize(
@@ -140,10 +147,12 @@ def test_other_files_are_ignored(tmp_path, reader, content):
 
 
 def test_suffixes(tmp_path):
-    """.jpg, .jpeg and .png in any case are images; nothing else is."""
-    files = ["0001_c1s1_a.jpg", "0002_c1s1_a.JPG", "0003_c1s1_a.jpeg", "0004_c1s1_a.Png", "0005_c1s1_a.bmp", "jpg"]
-    split = market1501(write(tmp_path, {**MARKET, "query": files}), check_counts=False)
-    assert names(split.query) == files[:4]
+    """Those of the formats that the image pipeline reads, in any case, are images; nothing else is."""
+    files = [f"000{number}_c1s1_a.{suffix}" for number, suffix in
+             enumerate(["jpg", "JPG", "jpeg", "Png", "bmp", "GIF", "webp", "tif", "txt"], 1)]  # fmt: skip
+    split = market1501(write(tmp_path, {**MARKET, "query": [*files, "jpg"]}), check_counts=False)
+    assert names(split.query) == files[:7]
+    assert {suffix[1:].upper().replace("JPG", "JPEG") for suffix in SUFFIXES} == set(FORMATS)
 
 
 def test_a_link_to_nothing_is_an_image(tmp_path):
@@ -188,13 +197,13 @@ def test_missing_and_empty_folders(tmp_path, reader, content):
         (folder / name).rmdir()
         with pytest.raises(FileNotFoundError) as error:
             reader(folder)
-        assert f"has no folder {name}:" in str(error.value)
+        assert f"has no {name}:" in str(error.value)
         assert not any(other in str(error.value) for other in set(content) - {name})
 
 
 def test_two_missing_folders_are_both_named(tmp_path):
     folder = write(tmp_path, {"query": MARKET["query"]})
-    with pytest.raises(FileNotFoundError, match="no folder bounding_box_train and no folder bounding_box_test"):
+    with pytest.raises(FileNotFoundError, match="has no bounding_box_train and no bounding_box_test"):
         market1501(folder)
 
 
@@ -250,27 +259,27 @@ def test_any_file_name_gives_a_record_or_a_sentence(tmp_path_factory, file):
         assert [(r.pid, r.camid) for r in found] == [(int(pid), int(camera))]
 
 
-def test_helpers_of_the_same_name_are_the_same():
-    """Each reader can be read, and copied, on its own: what two of them need is repeated, not imported."""
-    sources = {}
-    for file in READER_FILES:
-        text = (DATA / file).read_text()
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef):
-                sources.setdefault(node.name, set()).add(ast.get_source_segment(text, node))
-    assert {"market1501", "dukemtmc", "find_folder", "read_folder", "add_labels", "warn_if_partial"} == set(sources)
-    assert [name for name, texts in sources.items() if len(texts) > 1] == []
+# Market-1501 + 500k
 
 
-@pytest.mark.parametrize("file", [*READER_FILES, "holdout.py"])
-def test_a_reader_imports_the_record_types_and_the_standard_library(file):
-    imported = set()
-    for node in ast.walk(ast.parse((DATA / file).read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names} == {"data.records"}
+def test_market500k(tmp_path):
+    """The folder `images` holds distractors only, whatever their names; all else is Market-1501."""
+    folder = write(tmp_path, MARKET)
+    with pytest.raises(FileNotFoundError, match="has no images, the folder of the 500,000 distractors"):
+        market500k(folder)
+    market = market1501(folder, check_counts=False)
+    write(folder, {"images": ["0000_c3s2_000151_01.jpg", "7777_c1s1_000151_01.jpg", "distractor.jpg"]})
+    split = market500k(tmp_path, check_counts=False)
+    assert split == market._replace(gallery=split.gallery) and split.gallery[:3] == market.gallery
+    assert [(r.path.parent.name, r.pid, r.camid) for r in split.gallery[3:]] == [
+        ("images", 0, 3),
+        ("images", 0, 1),
+        ("images", 0, 0),
+    ]
+    assert split.gallery == sorted(split.gallery, key=lambda r: r.path)
+    assert MORE_COUNTS["gallery"][1] == 515913
+    with pytest.warns(UserWarning, match="gallery 6 images of 3 identities instead of 515,913 of 751"):
+        market500k(tmp_path)
 
 
 # By name
@@ -300,6 +309,107 @@ def test_load_synthetic(tmp_path, monkeypatch):
         assert load_dataset("synthetic", tmp_path, synthetic_ids=7) == market1501(tmp_path / "7", check_counts=False)
         load_dataset("synthetic", tmp_path, synthetic_seed=3)
     assert asked == [(tmp_path, 7, 0), (tmp_path, 150, 3)]
+    with pytest.raises(ValueError, match="At most 100,000"):
+        load_dataset("synthetic", tmp_path, synthetic_ids=100_001)
+
+
+OPTIONS = {key: option.default for key, option in reader_options().items()}  # as a script has them: every flag
+
+
+def test_options_come_from_the_signatures(monkeypatch, capsys):
+    options = reader_options()
+    assert options["cuhk03_boxes"] == (
+        str, ("detected", "labeled"), "detected", ["cuhk03"], "boxes by a detector or by hand")  # fmt: skip
+    assert options["synthetic_ids"][:4] == (int, None, 150, ["synthetic"])
+    assert options["test_share"][:4] == (float, None, 0.5, ["folder"])
+
+    def mine(root, report=print, *, split_seed: int = 0, mine_part: Literal["a", "b"] = "b") -> Split: ...
+
+    monkeypatch.setitem(data.DATASETS, "mine", mine)
+    assert reader_options()["split_seed"].datasets == ["folder", "mine"]
+    assert reader_options()["mine_part"] == (str, ("a", "b"), "b", ["mine"], "")
+    parser = argparse.ArgumentParser()
+    add_reader_flags(parser)
+    assert vars(parser.parse_args([])) == {}  # explicit flags only
+    assert vars(parser.parse_args(["--mine-part", "a", "--test-share", "0.3", "--split-seed", "4"])) == {
+        "mine_part": "a", "test_share": 0.3, "split_seed": 4}  # fmt: skip
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--mine-part", "c"])
+    assert "choose from" in capsys.readouterr().err
+    assert "(default: 150)" in parser.format_help()
+
+
+def test_an_option_of_another_data_set_is_refused(tmp_path):
+    check_options("market+cuhk03", ["cuhk03_boxes", "loss", "epochs"])
+    with pytest.raises(ValueError, match="--cuhk03-boxes belongs to --dataset cuhk03, not to market"):
+        check_options("market", ["cuhk03_boxes"])
+    with pytest.raises(ValueError, match="--split-seed belongs to --dataset folder, not to market"):
+        load_dataset("market", write(tmp_path, MARKET), split_seed=1)
+
+
+def test_a_single_data_set_stays_as_it_is(tmp_path):
+    folder = write(tmp_path, MARKET)
+    with pytest.warns(UserWarning, match="not the complete"):
+        loaded = load_datasets("market", folder, {**OPTIONS, "loss": "arcface"})
+    split = market1501(folder, check_counts=False)
+    assert loaded.train == split.train and loaded.tests == {"market": split}
+    assert loaded.titles == {"market": "Market-1501 (incomplete)"} and loaded.notes == []
+
+
+def test_the_title_of_a_complete_copy(tmp_path, monkeypatch):
+    split = market1501(write(tmp_path, MARKET), check_counts=False)
+    counts = {name: (len({r.pid for r in rs}), len(rs)) for name, rs in split._asdict().items()}
+    monkeypatch.setattr(sys.modules["data.market1501"], "COUNTS", counts)
+    assert load_datasets("market", tmp_path, OPTIONS).titles == {"market": "Market-1501"}
+    (tmp_path / "query" / MARKET["query"][0]).rename(tmp_path / "query" / "0001_c9s1_001051_00.jpg")
+    with pytest.warns(UserWarning, match="cameras 9 beside 1 to 6"):
+        assert load_datasets("market", tmp_path, OPTIONS).titles == {"market": "Market-1501 (incomplete)"}
+
+
+@pytest.mark.filterwarnings("ignore:.*not the complete data set")
+def test_a_union(tmp_path):
+    """Person 2 of Market is not person 2 of a folder, nor is camera 1: all of them get numbers of their own."""
+    write(tmp_path / "market1501", MARKET)
+    write(tmp_path / "dukemtmc-reid", DUKE)
+    people = {f"folder/{name}": ["1.jpg", "2.jpg", "3.jpg"] for name in "abcd"}
+    write(tmp_path, people)
+    loaded = load_datasets("market+duke+folder", tmp_path, OPTIONS)
+    market, duke = load_dataset("market", tmp_path), load_dataset("duke", tmp_path)
+    own = load_dataset("folder", tmp_path)
+    assert loaded.tests == {"market": market, "duke": duke, "folder": own}
+    assert [r.path for r in loaded.train] == [r.path for r in [*market.train, *duke.train, *own.train]]
+    assert [r.label for r in loaded.train] == [0, 0, 1, 2, 3, 4, 4, 4, 5, 5, 5]
+    assert [r.pid for r in loaded.train] == [r.label + 1 for r in loaded.train]
+    assert [r.camid for r in loaded.train] == [0, 1, 2, 3, 4] + [-1] * 6  # Market's 1, 2, 3, Duke's 8 and 2, unknown
+    assert loaded.titles["duke"] == "DukeMTMC-reID (incomplete)" and loaded.titles["folder"] == "folder"
+    assert all(note.startswith("folder: ") for note in loaded.notes) and loaded.notes
+    assert load_datasets("duke+market", tmp_path, OPTIONS).train[0].path == duke.train[0].path
+    with pytest.raises(ValueError, match="market stands twice"):
+        load_datasets("market+market", tmp_path, OPTIONS)
+    with pytest.raises(ValueError, match="Unknown data set 'marked'"):
+        load_datasets("duke+marked", tmp_path, OPTIONS)
+
+
+def records(*images: tuple[int, int], place: str = "gallery") -> list[Record]:
+    return [Record(Path(f"/{place}/{number}.jpg"), pid, camid) for number, (pid, camid) in enumerate(images)]
+
+
+def test_no_true_match_names_the_cause():
+    """Asked before training: what holds in this data set, and the way out of it."""
+    query = records((1, 1), (2, 1), place="query")
+    check_true_matches(Split([], query, records((1, 1), (2, 2))))  # one query that counts is enough
+    with pytest.raises(ValueError, match="none of the 2 people of the queries is in the gallery, which shows 1 others"):
+        check_true_matches(Split([], query, records((3, 2), (3, 3))))
+    one_camera = Split([], query, records((1, 1), (2, 1)))
+    with pytest.raises(ValueError, match="one camera only.*pass --ignore-cameras"):
+        check_true_matches(one_camera)
+    check_true_matches(one_camera, ignore_cameras=True)
+    with pytest.raises(ValueError, match="the query images themselves and nothing else"):
+        check_true_matches(Split([], query, query), ignore_cameras=True)
+    unknown = Split([], records((1, -1), place="query"), records((1, -1)))
+    check_true_matches(unknown)  # cameras are ignored where they are unknown
+    with pytest.raises(ValueError, match="the query images themselves"):
+        check_true_matches(unknown._replace(gallery=unknown.query))
 
 
 @pytest.mark.parametrize("name, closest", [("markt", "market"), ("dukemtmc", "duke"), ("synth", "synthetic")])
@@ -405,3 +515,19 @@ def test_holdout_refuses_what_it_cannot_split():
             holdout(train, 0, share)
     with pytest.raises(ValueError, match="two cameras"):
         holdout(train_records({pid: [1, 1] for pid in range(9)}), 0)
+
+
+def test_holdout_without_cameras():
+    """Ignored or unknown cameras: one image of a person (of each camera, if there are any) is enough for a query."""
+    one_camera = train_records({pid: [1, 1, 1] for pid in range(9)})
+    for train, ignore in [(one_camera, True), ([r._replace(camid=-1) for r in one_camera], False)]:
+        kept, query, gallery = holdout(train, 0, ignore_cameras=ignore)
+        assert len(query) == len({r.pid for r in query}) == 3 and len(gallery) == 6 and len(kept) == 18
+    two_cameras = train_records({pid: [1, 2, 2] for pid in range(9)})
+    query = holdout(two_cameras, 0, ignore_cameras=True).query
+    assert sorted((r.pid, r.camid) for r in query) == [
+        (pid, c) for pid in sorted({r.pid for r in query}) for c in (1, 2)
+    ]
+    single = train_records({pid: [1] for pid in range(9)})
+    with pytest.raises(ValueError, match="nothing to search for\\.$"):
+        holdout(single, 0, ignore_cameras=True)

@@ -133,8 +133,8 @@ def _people(query_pids: Tensor, query_camids: Tensor, gallery_pids: Tensor, gall
 
 
 def _count(people, junk: Tensor, to_person: Tensor, blocks) -> dict[str, Tensor]:
-    """What rank_queries returns, by counting for each true match the wrong images that are as similar or more.
-    to_person (Q, M): similarity to the images of the query's person; blocks: (begin, similarity (Q, n) from there on)."""
+    """What rank_queries returns, by counting for each true match the wrong images at least as similar.
+    to_person (Q, M): similarity to each of the person's images; blocks: (begin, similarity (Q, n) from there on)."""
     order, images, place, same, match = people
     threshold = to_person.masked_fill_(~match, -torch.inf).sort(1, descending=True)[0]  # the nearest match first
     wrong = torch.zeros_like(threshold, dtype=torch.float64)
