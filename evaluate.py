@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DATASETS, load_dataset
+from data import DATASETS, add_reader_flags, check_options, load_datasets, reader_options
 from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
@@ -82,10 +82,11 @@ def embed_split(model: nn.Module, split: Split, **settings) -> Features:
 def score(features: Features, metric: str = "cosine", ignore_cameras: bool = False) -> dict[str, float]:
     """The metrics of the README's "Protocol", as fractions (0..1), under the names of `rank_metrics`.
 
-    ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped.
+    ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped; the
+    same holds where a camera is unknown (-1).
     """
     query_camids, gallery_camids = features.query_camids, features.gallery_camids
-    if ignore_cameras:
+    if ignore_cameras or min(query_camids.min(), gallery_camids.min()) < 0:
         query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
     query = features.query, features.query_pids, query_camids
     gallery = features.gallery, features.gallery_pids, gallery_camids
@@ -100,12 +101,26 @@ def score(features: Features, metric: str = "cosine", ignore_cameras: bool = Fal
         print(f"out of memory: ranking again by blocks of {block} gallery images")
 
 
-def metrics_table(metrics: dict[str, float], title: str) -> str:
-    """One row of percents under the metrics' names in prose."""
+def score_all(model: nn.Module, tests: dict[str, Split], metric: str, ignore_cameras: bool, **settings) -> dict:
+    """The metrics of a test set; of several their means, and under "tests" those of each. settings: of `embed`."""
+    found = {}
+    for name, split in tests.items():
+        features = embed_split(model, split, **settings)
+        with user_input():
+            found[name] = score(features, metric, ignore_cameras)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    means = {key: sum(metrics[key] for metrics in found.values()) / len(found) for key in METRICS[:-1]}
+    return {**means, "num_queries": sum(metrics["num_queries"] for metrics in found.values()), "tests": found}
+
+
+def metrics_table(metrics: dict, title: str) -> str:
+    """Percents under the metrics' names in prose: a row, or one of the means and one of each test set."""
     names = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "rank20": "rank-20"}
-    row = [title, *(100 * metrics[key] for key in METRICS[:-1]), metrics["num_queries"]]
+    rows = {f"{title}, mean" if "tests" in metrics else title: metrics, **metrics.get("tests", {})}
+    lines = [[name, *(100 * row[key] for key in METRICS[:-1]), row["num_queries"]] for name, row in rows.items()]
     headers = ["", *(names.get(key, key) for key in METRICS[:-1]), "valid queries"]
-    return tabulate([row], headers, floatfmt=".2f")
+    return tabulate(lines, headers, floatfmt=".2f")
 
 
 def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
@@ -131,8 +146,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--run", type=Path, help="a run folder made by train.py")
     source.add_argument("--features", type=Path, help="saved features: an .npz file or a folder of .npy files (README)")
     # on what
-    parser.add_argument("--dataset", choices=DATASETS, help="the test set (default: the run's own)")
+    parser.add_argument("--dataset", help=f"the test set (default: the run's own): {', '.join(DATASETS)}, or a+b")
     parser.add_argument("--data-dir", help="the folder that holds the data sets (default: the run's own)")
+    add_reader_flags(parser)
     # how
     parser.add_argument("--metric", choices=("cosine", "euclidean"), help="distance (default: the run's, or cosine)")
     parser.add_argument(
@@ -145,7 +161,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
         parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")
-    if args.features and (args.dataset or args.data_dir or args.save_features):
+    options = [key for key in vars(args) if key in reader_options()]
+    if args.features and (args.dataset or args.data_dir or args.save_features or options):
         parser.error("--features needs no images: leave --dataset, --data-dir and --save-features out")
     return args
 
@@ -165,28 +182,29 @@ def main(argv: list[str] | None = None) -> None:
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
     dataset = args.dataset or run["dataset"]
     held_out = dataset == run["dataset"] and run["eval_on"] == "val"
+    options = {key: value for key, value in vars(args).items() if key in reader_options()}
     with user_input():
-        split = load_dataset(dataset, args.data_dir or run["data_dir"], run["synthetic_ids"])
-        split = holdout(split.train, run["seed"]) if held_out else split
-    features = embed_split(
-        model,
-        split,
-        height=run["height"],
-        width=run["width"],
-        device=device,
-        amp=run["amp"],
-        workers=args.workers,
-    )
+        check_options(dataset, options)
+        kept = args.run / "split.csv" if dataset == run["dataset"] and not options else None
+        data = load_datasets(dataset, args.data_dir or run["data_dir"], {**run, **options}, kept)
+        tests = data.tests
+        if held_out:
+            tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
+    print("".join(f"{note}\n" for note in data.notes), end="")
+    how = {"metric": args.metric or run["metric"], "ignore_cameras": args.ignore_cameras or run["ignore_cameras"]}
+    settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
     if args.save_features:
+        if len(tests) > 1:
+            raise UserError("--save-features takes one test set: name it with --dataset")
+        features = embed_split(model, next(iter(tests.values())), **settings)
         save_features(args.save_features, features)
-    how = {
-        "metric": args.metric or run["metric"],
-        "ignore_cameras": args.ignore_cameras or run["ignore_cameras"],
-    }
-    with user_input():
-        metrics = score(features, **how)
+        with user_input():
+            metrics = score(features, **how)
+    else:
+        metrics = score_all(model, tests, **how, **settings)
     print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
-    name = f"evaluation_{dataset}_{how['metric']}{'_ignore-cameras' if how['ignore_cameras'] else ''}.json"
+    words = [dataset, *(f"{key.replace('_', '-')}-{value}" for key, value in options.items()), how["metric"]]
+    name = f"evaluation_{'_'.join(words)}{'_ignore-cameras' if how['ignore_cameras'] else ''}.json"
     save_json(args.run / name, {**metrics, **how})
 
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import load_dataset
+from data import check_true_matches, load_datasets
+from data.folder import write_split_csv
 from data.holdout import holdout
 from data.images import TrainingImages, find_bad_images
 from data.sampler import PKSampler, RandomSampler
-from evaluate import METRICS, embed_split, metrics_table, score
+from evaluate import METRICS, metrics_table, score_all
 from losses import build_loss, row_name
 from models import build_model
 from utils.checkpoint import check_writable, locked, resume_run, save_checkpoint, save_log
@@ -84,10 +85,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------------------------------------ data
     with user_input():
-        split = load_dataset(args["dataset"], args["data_dir"], args["synthetic_ids"])
+        data = load_datasets(args["dataset"], args["data_dir"], args, kept=run_dir / "split.csv")
+        records, tests = data.train, data.tests
         if args["eval_on"] == "val":
-            split = holdout(split.train, args["seed"])
-    records = split.train
+            tests = {"val": holdout(data.train, args["seed"], ignore_cameras=args["ignore_cameras"])}
+            records = tests["val"].train
+        for split in tests.values():
+            check_true_matches(split, args["ignore_cameras"])
+    print("".join(f"{note}\n" for note in data.notes), end="")
     num_classes = 1 + max(record.label for record in records)
     if args["skip_bad_images"]:
         bad = find_bad_images([record.path for record in records], args["workers"])
@@ -100,6 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     if resumed and (change := change_of(args["environment"], here)):
         print(f"{run_dir} {change}: not bit for bit as without a break")
     all_labels = torch.tensor([record.label for record in records])
+    if args["p"] > num_classes and not {"p", "sampler"} & args["explicit"].keys() and args["sampler"] == "pk":
+        print(f"batches of {num_classes} people, since there are no more (--p)")
+        args["p"] = num_classes
     with user_input():
         if args["sampler"] == "pk":
             sampler = PKSampler(all_labels.tolist(), args["p"], args["k"], args["seed"])
@@ -109,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     # -------------------------------------------------------------------------------------------------- model and loss
     if not resumed:
         args = count_steps(args, len(sampler) * args["epochs"]) | {"environment": here, "num_classes": num_classes}
-        args["val_pids"] = sorted({r.pid for r in split.query + split.gallery}) if args["eval_on"] == "val" else []
+        held_out = tests["val"].query + tests["val"].gallery if args["eval_on"] == "val" else []
+        args |= {"val_pids": sorted({r.pid for r in held_out}), "titles": data.titles, "notes": data.notes}
     seed_everything(args["seed"])
     with user_input():
         weights = "none" if (run_dir / "last.pt").exists() else args["weights"]  # last.pt has all of them
@@ -127,9 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     # ----------------------------------------------------------------------------------------------------------- train
     def evaluate() -> dict:
         how = {key: args[key] for key in ("height", "width", "amp", "workers")}
-        features = embed_split(model, split, device=device, **how)
-        with user_input():
-            return score(features, args["metric"], args["ignore_cameras"])
+        return score_all(model, tests, args["metric"], args["ignore_cameras"], device=device, **how)
 
     def save(epoch: int) -> None:
         tensors = [*model.state_dict().values(), *loss_fn.state_dict().values()]
@@ -150,10 +157,13 @@ def main(argv: list[str] | None = None) -> None:
     with locked(run_dir, new=not resumed):
         if not resumed:
             save_json(run_dir / "args.json", args)
+            if "folder" in data.tests:  # the split stays the same when files are added
+                write_split_csv(data.tests["folder"], run_dir / "split.csv", args["data_dir"])
         same = args.keys() - {*FREE, *SCORING, "explicit", "environment"}
         first_epoch, log = resume_run(run_dir, args, same, model, loss_fn, optimizer)
         print(f"{args['dataset']}: {len(records):,} training images of {num_classes:,} identities (kept in "
-              f"{images_of.where}), {len(split.query):,} queries, {len(split.gallery):,} gallery images")  # fmt: skip
+              f"{images_of.where}), {sum(len(split.query) for split in tests.values()):,} queries, "
+              f"{sum(len(split.gallery) for split in tests.values()):,} gallery images")  # fmt: skip
         print(f"{' '.join([args['loss'], *args['loss_args']])} on {args['arch']} {args['height']}x{args['width']}, "
               f"{args['device']}{' bfloat16' if args['amp'] else ''}, {args['epochs']} epochs x {len(sampler)} steps x "
               f"{sampler.batches(0).shape[1]} images ({args['sampler']}) -> {run_dir}")  # fmt: skip

@@ -34,7 +34,10 @@ def check_bfloat16(device: torch.device) -> None:
 
 def digest_of_names(paths: Iterable[Path]) -> str:
     """Number and digest of the file names, in their order: another list of images has another one."""
+    paths = list(paths)
     names = [os.fsencode(path.name) for path in paths]
+    if len(set(names)) < len(names):  # 1.jpg in each person's folder
+        names = [os.fsencode(f"{path.parent.name}/{path.name}") for path in paths]
     return f"{len(names)} {hashlib.sha256(b'/'.join(names)).hexdigest()[:16]}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS
+from data import DATASETS, add_reader_flags, check_options, find_reader, reader_options
 from data.images import default_workers
 from losses import LOSSES, build_loss, describe_arguments, parse_expression, row_name, settable_arguments
 from losses import with_default_weights as with_weights
@@ -25,7 +25,7 @@ from utils.recipes import RECIPES, recipe_values
 DEFAULTS = {
     "recipe": "controlled",
     "data_dir": "datasets",
-    "synthetic_ids": 150,
+    **{key: option.default for key, option in reader_options().items()},
     "eval_on": "test",
     "metric": "cosine",
     "ignore_cameras": False,
@@ -84,9 +84,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--loss-args", nargs="+", metavar="[LOSS.]KEY=VALUE", help="arguments of the loss, e.g. scale=30 margin=0.35")
     add("--loss-lr", type=number(float), help="learning rate of the loss's own parameters (default: --lr)")
     # data
-    add("--dataset", choices=DATASETS, help="data set to train and test on (synthetic: generated on first use)")
+    add("--dataset", help=f"what to train and test on, or a+b for several: {', '.join(DATASETS)} (synthetic: generated "
+        "on first use; folder: your own pictures)")
     add("--data-dir", help="folder that holds the data sets' folders, or one data set's own folder (default: datasets)")
-    add("--synthetic-ids", type=number(int, most=10**5), help="people in training, and in test (default: 150)")
+    add_reader_flags(parser)
     add("--skip-bad-images", action="store_true", help="go on without training images that can't be decoded")
     # model
     add("--arch", choices=ARCHS, help="backbone (default: resnet50; on synthetic: resnet18)")
@@ -133,6 +134,9 @@ def new_run(explicit: dict) -> dict:
     """All flags of a new run, the explicit ones under "explicit", too. ValueError, one sentence, if they clash."""
     if not {"loss", "dataset"} <= explicit.keys():
         raise ValueError("--loss and --dataset are needed (or --resume with the --run-dir of a run that began)")
+    for name in explicit["dataset"].split("+"):
+        find_reader(name)
+    check_options(explicit["dataset"], explicit)
     recipe = explicit.get("recipe", DEFAULTS["recipe"])
     values = recipe_values(recipe, row_name(explicit["loss"]), explicit["dataset"])
     args = {**DEFAULTS, **values, **explicit}
@@ -208,7 +212,8 @@ def show_flags(args: dict) -> str:
         arguments[key if "." in key else f"{args['loss']}.{key}"] = value
     by_steps = args.get("loss_args_by_steps", {})
     pairs = [f"{key}={value}" for key, value in arguments.items() if key not in by_steps]
-    left_out = ["recipe", "explicit", *FREE, *(["p", "k"] if args["sampler"] == "random" else [])]
+    others = [key for key, option in reader_options().items() if not {*args["dataset"].split("+")} & {*option.datasets}]
+    left_out = ["recipe", "explicit", *FREE, *others, *(["p", "k"] if args["sampler"] == "random" else [])]
     keys = ["loss", "dataset", "loss_args", *(key for key in DEFAULTS if key not in left_out)]
     line = command_line({key: args[key] for key in keys} | {"loss_args": pairs})
     notes = [f"# {key}={value} / number of training steps" for key, value in by_steps.items()]

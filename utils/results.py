@@ -47,7 +47,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 NAMES = {"market": "Market-1501", "duke": "DukeMTMC-reID"}
 NOT_RUN = "not run"
 BEGIN, END = "<!-- results -->", "<!-- end -->"
-LOCAL = ("data_dir", "run_dir", "val_pids")  # what belongs to one machine: never collected
+LOCAL = ("data_dir", "run_dir", "val_pids", "notes")  # what belongs to one machine: never collected
 
 Groups = dict[str, dict[str, dict[int, dict]]]  # setting -> row -> seed -> run
 
@@ -146,7 +146,8 @@ def own_flags(args: dict) -> dict:
 def describe(args: dict) -> str:
     """The setting of a run in words: all that its rows have in common. Recipes may set other values for each row."""
     own, people = own_flags(args), args["synthetic_ids"]
-    words = [NAMES.get(args["dataset"], args["dataset"])]
+    titles = {**NAMES, **args.get("titles", {})}  # what a copy was exactly: incomplete, say
+    words = [" + ".join(titles.get(name, name) for name in args["dataset"].split("+"))]
     words += [f"{people} + {people} people"] if args["dataset"] == "synthetic" else []
     words += ["scored on held-out training identities"] if args["eval_on"] == "val" else []
     words += [f"{args['recipe']} recipe", args["arch"]]
@@ -264,7 +265,7 @@ def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
     summary = summarise(rows)
     args = summary[0]["runs"][0]["args"]
     dataset, tested = args["dataset"], any(entry["comparisons"] for entry in summary)
-    published = dataset in NAMES
+    published = dataset in NAMES and args.get("titles", NAMES)[dataset] == NAMES[dataset]  # a complete copy
     header = ["loss", "rank-1", "mAP", "n (seeds)", "training time"]
     header += ["mAP against the highest"] if tested else []
     header += ["published rank-1", "published mAP"] if published else []
@@ -318,8 +319,7 @@ def markdown_not_run(datasets: Sequence[str]) -> str:
 def markdown(groups: Groups) -> str:
     """All tables, the captions that hold for all of them last."""
     parts = [markdown_group(setting, rows) for setting, rows in groups.items()]
-    run = {next(iter(next(iter(rows.values())).values()))["args"]["dataset"] for rows in groups.values()}
-    missing = [dataset for dataset in NAMES if dataset not in run]
+    missing = [dataset for dataset, name in NAMES.items() if not any(s.startswith(f"{name},") for s in groups)]
     parts += [markdown_not_run(missing)] if missing else []
     parts.append(
         "Percent; mean ± half of the 95 % interval over n seeds (Student's t). Training time: mean of the training "
