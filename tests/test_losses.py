@@ -385,10 +385,12 @@ def test_classes_have_no_order(case):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_a_label_that_is_no_class_is_an_error(case, label, dtype):
     """Also -1, which indexing would wrap to the last class, and -100, which F.cross_entropy would ignore."""
-    embeddings, labels = batch()
+    loss_fn, (embeddings, labels) = make(case), batch()
+    before = {name: buffer.clone() for name, buffer in loss_fn.named_buffers() if name != "step"}
     labels[4] = label
     with pytest.raises((IndexError, RuntimeError), match="(?i)out of (range|bounds)"):
-        make(case)(embeddings, labels.to(dtype))
+        loss_fn(embeddings, labels.to(dtype))
+    assert all(torch.equal(loss_fn.get_buffer(name), value) for name, value in before.items())  # nothing learned from it
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
