@@ -390,7 +390,7 @@ def test_a_label_that_is_no_class_is_an_error(case, label, dtype):
     labels[4] = label
     with pytest.raises((IndexError, RuntimeError), match="(?i)out of (range|bounds)"):
         loss_fn(embeddings, labels.to(dtype))
-    assert all(torch.equal(loss_fn.get_buffer(name), value) for name, value in before.items())  # nothing learned from it
+    assert all(torch.equal(loss_fn.get_buffer(name), value) for name, value in before.items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
