@@ -56,6 +56,11 @@ class AdaFaceLoss(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):  # float32 also inside a caller's autocast
             embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
             labels = labels.long()
+            unit = F.normalize(embeddings, eps=1e-6)  # (B, D)
+            norm = torch.linalg.vector_norm(self.weight, dim=1).clamp(min=1e-6)  # (C,)
+            cosine = F.linear(unit, self.weight) / norm  # (B, C)
+            target_cosine = cosine.gather(1, labels[:, None])  # (B, 1)
+
             with torch.no_grad():
                 length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp(0.001, 100)  # (B, 1)
                 if self.training:
@@ -65,10 +70,6 @@ class AdaFaceLoss(nn.Module):
                 quality = ((length - self.mean) / (self.std + 1e-3) * self.concentration).clamp(-1, 1)
                 g = -self.margin * quality  # (B, 1), radians
 
-            unit = F.normalize(embeddings, eps=1e-6)  # (B, D)
-            norm = torch.linalg.vector_norm(self.weight, dim=1).clamp(min=1e-6)  # (C,)
-            cosine = F.linear(unit, self.weight) / norm  # (B, C)
-            target_cosine = cosine.gather(1, labels[:, None])  # (B, 1)
             target_unit = self.weight.index_select(0, labels) / norm.index_select(0, labels)[:, None]  # (B, D)
             # sin theta as a length keeps its digits and a bounded gradient where x points along W_y or away from it
             sine = torch.linalg.vector_norm(unit - target_cosine * target_unit, dim=1, keepdim=True)  # (B, 1)

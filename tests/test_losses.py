@@ -119,6 +119,7 @@ def test_gradients_are_the_derivative(case):
         if "adaface" in case:  # where the detached quality is constant, -1
             buffer.fill_({"mean": 1e6, "std": 1.0}[name])
     embeddings, labels = batch(torch.float64)
+    backward(loss_fn, embeddings, labels)  # says it if there is no gradient at all
     names = [name for name, _ in loss_fn.named_parameters()]
 
     def function(embeddings, *parameters):
@@ -141,11 +142,11 @@ def test_every_parameter_gets_a_gradient_and_moves(case):
     optimizer = torch.optim.Adam([*loss_fn.parameters(), torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
-        embeddings, labels = batch()
-        loss_fn(embeddings.requires_grad_(), labels).backward()
+        *_, gradients = backward(loss_fn, *batch())
+        for parameter, gradient in zip(loss_fn.parameters(), gradients, strict=True):
+            parameter.grad = gradient
         optimizer.step()
     for name, parameter in loss_fn.named_parameters():
-        assert parameter.grad is not None, f"{name} is a Parameter that the loss does not use: make it a buffer"
         assert parameter.grad.isfinite().all() and parameter.grad.any(), f"the gradient of {name} is zero or not finite"
         assert not torch.equal(parameter, before[name]), f"{name} does not learn"
 
@@ -384,10 +385,12 @@ def test_classes_have_no_order(case):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_a_label_that_is_no_class_is_an_error(case, label, dtype):
     """Also -1, which indexing would wrap to the last class, and -100, which F.cross_entropy would ignore."""
-    embeddings, labels = batch()
+    loss_fn, (embeddings, labels) = make(case), batch()
+    before = {name: buffer.clone() for name, buffer in loss_fn.named_buffers() if name != "step"}
     labels[4] = label
     with pytest.raises((IndexError, RuntimeError), match="(?i)out of (range|bounds)"):
-        make(case)(embeddings, labels.to(dtype))
+        loss_fn(embeddings, labels.to(dtype))
+    assert all(torch.equal(loss_fn.get_buffer(name), value) for name, value in before.items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

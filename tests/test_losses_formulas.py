@@ -388,17 +388,17 @@ def test_float32_is_accurate_at_the_size_of_real_embeddings(case):
         assert (gradient - wanted).abs().max() <= 2e-3 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("margin", [0.3, None])
-def test_triplet_is_accurate_when_distances_are_small_beside_the_embeddings(margin):
+@pytest.mark.parametrize("case", ["triplet", "triplet, soft margin", "weighted_triplet"])
+def test_triplet_is_accurate_when_distances_are_small_beside_the_embeddings(case):
     """Lengths around 3000, distances around 1: |x|^2 + |y|^2 - 2xy would be wrong in float32 by its whole value.
     A far outlier keeps the batch from being centred: the digits must come from the differences."""
     torch.manual_seed(2)
     labels = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
     x = 65 + 0.02 * torch.randn(10, 2048)
     x[-1] = -65
-    loss_fn = TripletLoss(margin)
+    loss_fn, by_loop = CASES[case][0](10, 2048), CASES[case][1]
     value, gradients = value_and_gradients(lambda x: loss_fn(x, torch.tensor(labels)), x, loss_fn)
-    expected, wanted = value_and_gradients(lambda x: triplet_by_loop(x, labels, loss_fn), x.double(), loss_fn)
+    expected, wanted = value_and_gradients(lambda x: by_loop(x, labels, loss_fn), x.double(), loss_fn)
     torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=0)
     assert (gradients[0] - wanted[0]).abs().max() <= 2e-3 * wanted[0].abs().max()
 
