@@ -253,7 +253,7 @@ class TrainingImages:
             return
         place = self.stores[0].device
         for step in order.to(place):
-            if place == self.device:
+            if place.type == self.device.type:
                 yield [store.index_select(0, step) for store in self.stores]
             else:
                 shapes = [(len(step), *store.shape[1:]) for store in self.stores]

@@ -84,9 +84,10 @@ def build(expression, device, C=751, D=2048):
     return build_loss(expression, C, D).to(device)
 
 
-def value_and_gradients(loss_fn, embeddings, labels):
+def value_and_gradients(loss_fn, embeddings, labels, autocast=False):
     embeddings = embeddings.detach().clone().requires_grad_()
-    loss = loss_fn(embeddings, labels)
+    with torch.autocast(embeddings.device.type, torch.bfloat16, enabled=autocast):
+        loss = loss_fn(embeddings, labels)
     loss.backward()
     gradients = {name: p.grad for name, p in loss_fn.named_parameters()}
     return {"loss": loss.detach(), "embeddings": embeddings.grad, **gradients, **dict(loss_fn.named_buffers())}
@@ -102,9 +103,8 @@ def test_losses_are_those_of_the_cpu(cuda, expression, autocast):
     found = []
     for device in (CPU, cuda):
         embeddings, labels = batch(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            embeddings = embeddings.bfloat16() if autocast else embeddings
-            found.append(value_and_gradients(build(expression, device), embeddings, labels))
+        embeddings = embeddings.bfloat16() if autocast else embeddings
+        found.append(value_and_gradients(build(expression, device), embeddings, labels, autocast))
     for name, expected in found[0].items():
         size = expected.abs().max().item() if expected.numel() else 0
         step = 2**-7 if expected.dtype == torch.bfloat16 else 1e-4  # of the largest element

@@ -105,7 +105,7 @@ def _compare(vectors, gallery, people, gallery_block: int, how: dict):
     query, size, _ = (column[order] for column in vectors)
     buffer = query.new_empty(len(query), gallery_block)
     to_person, start, end = query.new_zeros(place.shape), place[:, 0], place[:, 0] + same.sum(1)
-    for row in start.argsort().split(128):  # person by person
+    for row in start.argsort().split(128 if query.device.type == "cpu" else 1024):  # person by person
         first, last = int(start[row].min()), int(end[row].max())
         rows, length, half = _vectors("gallery", gallery, images[first : last + 1], **how)
         score = torch.addmm(-half, query[row], rows.T) - SLACK[query.dtype] * (size[row, None] + length).square()
