@@ -58,6 +58,7 @@ from utils.results import collect  # noqa: E402
 from utils.seed import set_backends  # noqa: E402
 
 SHARES = {"check": 80, "evaluator": 40, "training": 180, "losses": 45, "reranking": 25, "comparison": 300}  # of time
+DEFAULT_EPOCHS = 5  # of the generated data set, whose recipe has its own milestones
 SMALL_SIZES = {"market": (40, 300, 10, 6, 30, 0.8), "msmt17": (60, 400, 20, 15, 0, 1.1)}
 GOALS = {"market": 25, "msmt17": 250}  # milliseconds, on an H100 or H200
 GOAL_SHARE, GOAL_SPEED = 0.95, 3000  # of the bare loop; images/s of ResNet-50 in bfloat16
@@ -461,7 +462,7 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
     flags = {"dataset": "synthetic", "synthetic-ids": num_ids, "data-dir": data_dir, "arch": arch, "weights": "none",
              "height": H, "width": W, "epochs": epochs, "workers": 2, "device": args.device}  # fmt: skip
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    words += ["--amp", "--milestones", *thirds]
+    words += ["--amp"] if epochs == DEFAULT_EPOCHS else ["--amp", "--milestones", *thirds]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     waiting, running, slowest = list(jobs), {}, 0.0
     try:
@@ -576,7 +577,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=int, default=default_workers(), help="threads that decode (default: all cores, at most 16)")
     add("--data-dir", type=Path, help="where the generated pedestrians are kept (default: drawn anew)")
     add("--jobs", type=int, default=6, help="trainings at a time in the comparison (default: 6)")
-    add("--comparison-epochs", type=int, default=20, help="0: as many as fit for one seed, found by a short wave")
+    add("--comparison-epochs", type=int, default=DEFAULT_EPOCHS, help="0: as many as fit for one seed, found by a short wave")
     add("--comparison-arch", default="resnet18", choices=("resnet18", "resnet50"), help="default: resnet18, 128x64")
     add("--machine", help="name in the files (default: the GPU's)")
     add("--out", type=Path, default=RESULTS, help="folder of the JSON files")

@@ -170,9 +170,11 @@ def little_memory(device, room):
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     taken = torch.empty(torch.cuda.mem_get_info(device)[0] - room, dtype=torch.uint8, device=device)
-    yield
-    del taken
-    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        del taken
+        torch.cuda.empty_cache()
 
 
 def test_ranking_goes_on_in_smaller_blocks_when_memory_runs_out(cuda):

@@ -6,15 +6,13 @@ For each query, gallery images that are junk (pid -1) or have the query's pid an
 
 so equal distances count against the system, whatever the order of the gallery. For n true matches:
 
-    AP            = mean of i / rank_i                             (torchreid, fast-reid, sklearn >= 0.19)
-    AP_trapezoid  = mean of ((i - 1) / (rank_i - 1) + i / rank_i) / 2, the first fraction being 1 where rank_i = 1
-                    (the MATLAB code of Market-1501; lower)
-    INP           = n / rank_n                                     (AGW, fast-reid)
+    AP            = mean of i / rank_i                                              (torchreid, fast-reid, sklearn)
+    AP_trapezoid  = mean of ((i - 1) / (rank_i - 1) + i / rank_i) / 2, 0/0 being 1  (Market's MATLAB code; lower)
+    INP           = n / rank_n                                                      (AGW, fast-reid)
     rank-k        = 1 if rank_1 <= k, else 0
 
-and the metrics are means over the queries with a true match. How: first the similarities of the few true matches, then
-the gallery in blocks: a product with the queries and, for the j-th match of all of them, one comparison and one sum.
-
+and the metrics are means over the queries with a true match. First come the similarities of the few true matches, then
+the gallery in blocks: a product with the queries, and counting.
 Precision: whole float32, metrics equal to those of float64 to 1e-5; with float64 embeddings float64 throughout.
 Similarities within SLACK x (sum of the lengths)^2 are equal: rounding differs from block to block, and a copy of a true
 match under another name counts against the system wherever it stands."""
@@ -42,8 +40,7 @@ def metrics_from_distance(distance, query_pids, query_camids, gallery_pids, gall
 def average(results: dict[str, Tensor], ranks=(1, 5, 10, 20)) -> dict[str, float]:
     """Means over the queries with a true match, 0..1: rank1, ... (of ranks), mAP, mAP_trapezoid, mINP; num_queries."""
     if not (valid := results["num_matches"] > 0).any():
-        raise ValueError("No query has a true match in the gallery under another camera, so there is nothing to score: "
-                         "if all images come from one camera, give each a camera of its own (--ignore-cameras does).")
+        raise ValueError("No query has a true match under another camera: if there is one only, use --ignore-cameras.")
     num_matches, first, last, ap, ap_trapezoid = (column[valid].double() for column in results.values())
     means = {f"rank{k}": (first <= k).double() for k in ranks}
     means |= {"mAP": ap, "mAP_trapezoid": ap_trapezoid, "mINP": num_matches / last}
@@ -63,14 +60,19 @@ def rank_queries(query, query_pids, query_camids, gallery, gallery_pids, gallery
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"Unknown metric {metric!r}: choose cosine or euclidean.")
     if not len(query.shape) == len(gallery.shape) == 2 or query.shape[1] != gallery.shape[1] or 0 in gallery.shape:
-        shapes = f"{tuple(query.shape)} and {tuple(gallery.shape)}"
-        raise ValueError(f"Query and gallery must be tables of the same width, (Q, D) and (G, D), not {shapes}.")
+        shapes = f"(Q, D) and (G, D), not {tuple(query.shape)} and {tuple(gallery.shape)}"
+        raise ValueError(f"Query and gallery embeddings must be tables of the same width, {shapes}.")
     device, parts = query.device if isinstance(query, Tensor) else torch.device("cpu"), []
     ids = _ids(device, len(query), len(gallery), query_pids, query_camids, gallery_pids, gallery_camids)
     double = torch.float64 in [_rows(table, slice(1), device).dtype for table in (query, gallery)]
     how = dict(device=device, dtype=torch.float64 if double else torch.float32, metric=metric)
     gallery_block = min(gallery_block or (2048 if device.type == "cpu" else 8192), len(gallery))
-    restore = _whole_float32()
+    products, setting, exact = torch.backends.cuda.matmul, "allow_tf32", False
+    if hasattr(products, "fp32_precision"):  # since torch 2.9
+        products = products if device.type == "cuda" else torch.backends.mkldnn.matmul
+        setting, exact = "fp32_precision", "ieee"
+    before = getattr(products, setting)
+    setattr(products, setting, exact)
     try:
         with torch.autocast(device.type, enabled=False):
             for first in range(0, len(query), query_block):
@@ -78,7 +80,7 @@ def rank_queries(query, query_pids, query_camids, gallery, gallery_pids, gallery
                 people, vectors = _people(ids[0][here], ids[1][here], *ids[2:]), _vectors("query", query, here, **how)
                 parts.append(_count(people, ids[2] == JUNK, *_compare(vectors, gallery, people, gallery_block, how)))
     finally:
-        restore()
+        setattr(products, setting, before)
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -105,7 +107,7 @@ def _compare(vectors, gallery, people, gallery_block: int, how: dict):
     query, size, _ = (column[order] for column in vectors)
     buffer = query.new_empty(len(query), gallery_block)
     to_person, start, end = query.new_zeros(place.shape), place[:, 0], place[:, 0] + same.sum(1)
-    for row in start.argsort().split(128 if query.device.type == "cpu" else 1024):  # person by person
+    for row in start.argsort().split(128 if query.device.type == "cpu" else -(-gallery_block // 8)):  # by person
         first, last = int(start[row].min()), int(end[row].max())
         rows, length, half = _vectors("gallery", gallery, images[first : last + 1], **how)
         score = torch.addmm(-half, query[row], rows.T) - SLACK[query.dtype] * (size[row, None] + length).square()
@@ -128,27 +130,25 @@ def _people(query_pids: Tensor, query_camids: Tensor, gallery_pids: Tensor, gall
     slot = torch.arange(max(int((last - first).max()), 1), device=first.device)
     place, same = (first + slot).clamp(max=len(pids)), slot < last - first
     match = same & (query_camids[:, None] != gallery_camids[images[place]])
-    order = match.sum(1).argsort(descending=True, stable=True)
+    order = match.sum(1).argsort(descending=True)
     return order, images, place[order], same[order], match[order]
 
 
 def _count(people, junk: Tensor, to_person: Tensor, blocks) -> dict[str, Tensor]:
-    """What rank_queries returns, by counting for each true match the wrong images at least as similar.
-    to_person (Q, M): similarity to each of the person's images; blocks: (begin, similarity (Q, n) from there on)."""
+    """What rank_queries returns, from the similarities to a person's images (Q, M) and blocks: (first image, (Q, n))."""
     order, images, place, same, match = people
     threshold = to_person.masked_fill_(~match, -torch.inf).sort(1, descending=True)[0]  # the nearest match first
     wrong = torch.zeros_like(threshold, dtype=torch.float64)
     row, slot = same.nonzero().unbind(1)
     item, by_item = images[place[row, slot]].sort()
-    row, step = row[by_item], SLICE if row.device.type == "cpu" else len(order)
+    row, cpu = row[by_item], row.device.type == "cpu"
+    step, count = (SLICE, _compare_in_turn) if cpu else (len(order), _search_at_once)
     for begin, similarity in blocks:
         first, last = torch.searchsorted(item, item.new_tensor([begin, end := begin + similarity.shape[1]])).tolist()
         similarity[row[first:last], item[first:last] - begin] = -torch.inf  # not a wrong image, nor is junk
         similarity[:, junk[begin:end]] = -torch.inf
-        for part, limit, total in zip(similarity.split(step), threshold.split(step), wrong.split(step), strict=True):
-            above = torch.empty_like(part)  # 0.0 or 1.0: summed faster than bools
-            for j, n in enumerate((limit > -torch.inf).sum(0).tolist()):  # the first n queries have a j-th match
-                total[:n, j] += torch.ge(part[:n], limit[:n, j : j + 1], out=above[:n]).sum(1)
+        for part in zip(similarity.split(step), threshold.split(step), wrong.split(step), strict=True):
+            count(*part)
     num, i = match.sum(1), torch.arange(1, wrong.shape[1] + 1, device=wrong.device)
     rank = (i + wrong).masked_fill_(i > num[:, None], 0)
     before = torch.where(rank > 1, (i - 1) / (rank - 1), 1.0)
@@ -156,6 +156,20 @@ def _count(people, junk: Tensor, to_person: Tensor, blocks) -> dict[str, Tensor]
     columns = dict(num_matches=num, first_rank=rank[:, 0].long(), last_rank=rank.amax(1).long(), ap=ap)
     columns["ap_trapezoid"] = both / 2
     return {key: torch.empty_like(column).index_copy_(0, order, column).cpu() for key, column in columns.items()}
+
+
+def _compare_in_turn(score: Tensor, threshold: Tensor, wrong: Tensor) -> None:
+    """Adds the number of images of score (q, n) that reach each threshold (q, M, falling; -inf: no match) to wrong."""
+    above = torch.empty_like(score)  # 0.0 or 1.0: summed faster than bools
+    for j, n in enumerate((threshold > -torch.inf).sum(0).tolist()):  # the first n queries have a j-th match
+        wrong[:n, j] += torch.ge(score[:n], threshold[:n, j : j + 1], out=above[:n]).sum(1)
+
+
+def _search_at_once(score: Tensor, threshold: Tensor, wrong: Tensor) -> None:
+    """The same in one pass: six times faster on a GPU, four times slower on a CPU."""
+    place = torch.searchsorted(-threshold, -score)  # of the first threshold that an image reaches
+    found = score.new_zeros(len(wrong), wrong.shape[1] + 1)
+    wrong += found.scatter_add_(1, place, found.new_ones(1, 1).expand_as(place)).cumsum(1)[:, :-1]
 
 
 def _vectors(name: str, table, index: Tensor | slice, device, dtype: torch.dtype, metric: str):
@@ -170,20 +184,7 @@ def _vectors(name: str, table, index: Tensor | slice, device, dtype: torch.dtype
     return rows / square.sqrt().clamp(min=1e-30)[:, None], torch.ones_like(square), torch.zeros_like(square)
 
 
-def _whole_float32():
-    """Turns TF32 and bfloat16 products of float32 off, whichever setting the caller used; returns what restores it."""
-    places = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(places[0], "fp32_precision"):  # torch before 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        return lambda: torch.set_float32_matmul_precision(before)
-    before = [place.fp32_precision for place in places]
-    [setattr(place, "fp32_precision", "ieee") for place in places]
-    return lambda: [setattr(place, "fp32_precision", old) for place, old in zip(places, before, strict=True)]
-
-
-def _rows(table, index: Tensor | slice, device: torch.device) -> Tensor:
-    """Rows of a tensor or array as a tensor on the device."""
+def _rows(table, index: Tensor | slice, device: torch.device) -> Tensor:  # of a tensor or an array
     if isinstance(table, Tensor):
         return table[index.to(table.device) if isinstance(index, Tensor) else index].to(device)
     rows = table[index.cpu().numpy() if isinstance(index, Tensor) else index]
@@ -193,8 +194,7 @@ def _rows(table, index: Tensor | slice, device: torch.device) -> Tensor:
 def _ids(device, num_query: int, num_gallery: int, *columns) -> list[Tensor]:
     """query_pids, query_camids, gallery_pids, gallery_camids as int64 on the device, checked."""
     columns = [column if isinstance(column, Tensor) else torch.tensor(column) for column in columns]
-    for column, length in zip(columns, (num_query, num_query, num_gallery, num_gallery), strict=True):
-        if column.is_floating_point() or column.dtype == torch.bool or column.shape != (length,) or length == 0:
-            raise ValueError("query_pids, query_camids, gallery_pids and gallery_camids must hold an integer for each "
-                             f"of {num_query} and {num_gallery} images, not {tuple(column.shape)} {column.dtype}.")
+    for column, n in zip(columns, (num_query, num_query, num_gallery, num_gallery), strict=True):
+        if column.is_floating_point() or column.dtype == torch.bool or column.shape != (n,) or n == 0:
+            raise ValueError(f"pids and camids must be {n} integers here, not {tuple(column.shape)} {column.dtype}.")
     return [column.to(device, torch.int64) for column in columns]
