@@ -577,7 +577,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=int, default=default_workers(), help="threads that decode (default: all cores, at most 16)")
     add("--data-dir", type=Path, help="where the generated pedestrians are kept (default: drawn anew)")
     add("--jobs", type=int, default=6, help="trainings at a time in the comparison (default: 6)")
-    add("--comparison-epochs", type=int, default=DEFAULT_EPOCHS, help="0: as many as fit for one seed, found by a short wave")
+    add("--comparison-epochs", type=int, default=DEFAULT_EPOCHS, help="0: as many as fit for one seed")
     add("--comparison-arch", default="resnet18", choices=("resnet18", "resnet50"), help="default: resnet18, 128x64")
     add("--machine", help="name in the files (default: the GPU's)")
     add("--out", type=Path, default=RESULTS, help="folder of the JSON files")

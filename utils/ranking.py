@@ -135,7 +135,7 @@ def _people(query_pids: Tensor, query_camids: Tensor, gallery_pids: Tensor, gall
 
 
 def _count(people, junk: Tensor, to_person: Tensor, blocks) -> dict[str, Tensor]:
-    """What rank_queries returns, from the similarities to a person's images (Q, M) and blocks: (first image, (Q, n))."""
+    """What rank_queries returns, from similarities to a person's images (Q, M) and blocks: (first image, (Q, n))."""
     order, images, place, same, match = people
     threshold = to_person.masked_fill_(~match, -torch.inf).sort(1, descending=True)[0]  # the nearest match first
     wrong = torch.zeros_like(threshold, dtype=torch.float64)
@@ -165,8 +165,7 @@ def _compare_in_turn(score: Tensor, threshold: Tensor, wrong: Tensor) -> None:
         wrong[:n, j] += torch.ge(score[:n], threshold[:n, j : j + 1], out=above[:n]).sum(1)
 
 
-def _search_at_once(score: Tensor, threshold: Tensor, wrong: Tensor) -> None:
-    """The same in one pass: six times faster on a GPU, four times slower on a CPU."""
+def _search_at_once(score: Tensor, threshold: Tensor, wrong: Tensor) -> None:  # the same: faster on a GPU only
     place = torch.searchsorted(-threshold, -score)  # of the first threshold that an image reaches
     found = score.new_zeros(len(wrong), wrong.shape[1] + 1)
     wrong += found.scatter_add_(1, place, found.new_ones(1, 1).expand_as(place)).cumsum(1)[:, :-1]
