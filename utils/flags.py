@@ -204,13 +204,14 @@ def show_flags(args: dict) -> str:
 
     What depends on the number of training steps can't be typed: it follows in a line of its own.
     """
-    arguments = {}
+    arguments, by_steps = {}, dict(args.get("loss_args_by_steps", {}))
     for name, _ in parse_expression(args["loss"]):
         arguments |= {f"{name}.{key}": str(value.default) for key, value in settable_arguments(name).items()}
     for pair in args["loss_args"]:
         key, _, value = pair.partition("=")
-        arguments[key if "." in key else f"{args['loss']}.{key}"] = value
-    by_steps = args.get("loss_args_by_steps", {})
+        key = key if "." in key else f"{args['loss']}.{key}"
+        arguments[key] = value
+        by_steps.pop(key, None)  # a value that was given wins
     pairs = [f"{key}={value}" for key, value in arguments.items() if key not in by_steps]
     others = [key for key, option in reader_options().items() if not {*args["dataset"].split("+")} & {*option.datasets}]
     left_out = ["recipe", "explicit", *FREE, *others, *(["p", "k"] if args["sampler"] == "random" else [])]
