@@ -25,7 +25,7 @@ from pathlib import Path
 
 from losses import ROWS, row_name
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import load_json, write_text
 from utils.flags import DEFAULTS, FREE, command_line, new_run
 from utils.statistics import LEVEL, holm, interval, paired_p
 
@@ -98,7 +98,8 @@ def collect(run_dir: Path, folder: Path) -> Path:
     """Writes folder/runs/NAME.json, the compact form of run_dir/result.json (NAME: the run folder's name)."""
     if not (run_dir / "result.json").is_file():
         raise UserError(f"{run_dir} has no result.json: only a finished run can be collected")
-    run = read_run(run_dir / "result.json")
+    read_run(run_dir / "result.json")  # is it one?
+    run = compact(load_json(run_dir / "result.json"))
     path = folder / "runs" / f"{run_dir.resolve().name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in run.items()]
