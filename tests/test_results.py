@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from losses import ROWS, TWELVE, row_name
+from data import reader_options
+from losses import TWELVE, row_name
 from utils import figure, results
 from utils.flags import DEFAULTS, FREE, build_parser, count_steps, new_run
 from utils.statistics import holm, interval, paired_p
 
 ROOT = Path(__file__).resolve().parent.parent
-LATER = tuple(row for row, facts in ROWS.items() if facts.part == "later")
 
 
 def result(loss="softmax", seed=0, mAP=0.5, rank1=0.7, dataset="synthetic", seconds=60.0, titles=None, **flags):
@@ -250,7 +250,7 @@ def test_later_and_other_losses_stand_in_parts_of_their_own(tmp_path):
     first, later = text.split("Later losses:")
     later, others = later.split("Other losses:")
     assert [list(cells(part)) for part in (first, later, others)] == [["softmax", "arcface"], ["circle"], ["center"]]
-    assert "Compared with softmax: 1 published losses, 1 later losses, 1 yours losses." in text
+    assert "Compared with softmax: 1 published losses, 1 later losses, 1 other losses." in text
 
 
 def test_one_seed_says_that_nothing_can_be_said(tmp_path):
@@ -348,15 +348,14 @@ def test_other_settings_are_other_groups(tmp_path, flags):
     assert len(groups) == 2 and all(len(rows) == 1 for rows in groups.values())
 
 
-def test_every_flag_that_changes_a_number_is_tried_above():
-    """Every flag of a training is there, but those that change no number or belong to other data sets or samplers."""
-    tried = {key for flags in SETTINGS for key in flags}
-    others = {"seed", "height", "weight_decay", "k", "batch_size", *FREE}
-    others |= {key for key in DEFAULTS if key not in new_run({"loss": "softmax", "dataset": "synthetic"})}
-    from data import reader_options
-
-    others |= {key for key, option in reader_options().items() if "synthetic" not in option.datasets}
-    assert DEFAULTS.keys() - others <= tried
+@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if isinstance(value, int | float)
+                                 and key not in reader_options()])  # fmt: skip
+def test_every_number_and_switch_makes_a_group_unless_it_changes_no_number(key):
+    """Also one that is new: its value is made up here."""
+    args = result()["args"]
+    value = not args[key] if isinstance(args[key], bool) else args[key] * 1.5 + 1
+    own = results.own_flags({**args, key: type(args[key])(value)})
+    assert (key in own) == (key not in (*FREE, "seed"))
 
 
 def test_a_written_loss_weight_is_a_group_of_its_own(tmp_path):
@@ -365,16 +364,16 @@ def test_a_written_loss_weight_is_a_group_of_its_own(tmp_path):
 
 
 def test_machine_and_seed_do_not_make_a_group(tmp_path):
-    changed = {"workers": 1, "device": "cpu", "eval_every": 1, "data_dir": "/elsewhere", "cache": "off", "save_every": 0}
-    assert changed.keys() == {*FREE}
+    changed = {"workers": 1, "device": "cpu", "eval_every": 1, "data_dir": "/else", "cache": "off", "save_every": 0}
+    assert changed.keys() <= {*FREE}
     assert list(one_group(tmp_path, result(), result(seed=1, **changed))["softmax"]) == [0, 1]
 
 
 @pytest.mark.parametrize("recipe", ["controlled", "published"])
 @pytest.mark.parametrize("loss", ["softmax", "sphereface", "cosface", "softmax+center", "circle"])
 def test_flags_that_say_what_the_recipe_says_change_nothing(tmp_path, loss, recipe):
-    """A run with the quick setting typed in full, and one that left it to the recipe; what the recipe gives the loss may
-    differ between two rows, and a number by steps between two data sets: both are the recipe's."""
+    """A run with the quick setting typed in full, and one that left it to the recipe, beside another loss, to which
+    the recipe gives other numbers."""
     quick = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5, "milestones": [4]}
     rows = one_group(tmp_path, result(loss, recipe=recipe), result(loss, seed=1, recipe=recipe, **quick),
                      result("arcface", recipe=recipe))  # fmt: skip
@@ -382,7 +381,7 @@ def test_flags_that_say_what_the_recipe_says_change_nothing(tmp_path, loss, reci
 
 
 def test_milestones_that_follow_from_other_epochs_are_the_recipes_own(tmp_path):
-    """published on Market with 12 epochs keeps its milestones; controlled derives them. Neither is a flag of its own."""
+    """With 12 epochs, published keeps its milestones and controlled derives them: neither is a flag of its own."""
     for recipe, milestones in [("published", [20, 40]), ("controlled", [4, 8])]:
         run = result(dataset="market", recipe=recipe, epochs=12)
         assert run["args"]["milestones"] == milestones
@@ -393,8 +392,9 @@ def test_milestones_that_follow_from_other_epochs_are_the_recipes_own(tmp_path):
 def test_a_number_by_steps_is_no_setting_of_its_own(tmp_path):
     """Of another number of steps, as another data set has it; a number that was typed is one."""
     other = result("sphereface", seed=1)
-    other["args"]["loss_args"] = [pair.replace("lambda_gamma=", "lambda_gamma=9") for pair in other["args"]["loss_args"]]
-    assert other["args"]["loss_args"] != result("sphereface")["args"]["loss_args"]
+    before = other["args"]["loss_args"]
+    other["args"]["loss_args"] = [pair.replace("lambda_gamma=", "lambda_gamma=9") for pair in before]
+    assert other["args"]["loss_args"] != before
     assert list(one_group(tmp_path, result("sphereface"), other)["sphereface"]) == [0, 1]
     typed = result("sphereface", loss_args=["sphereface.lambda_gamma=0.5"])
     assert len(groups_of(tmp_path / "other", result("sphereface"), typed)) == 2

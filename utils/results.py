@@ -178,7 +178,7 @@ def summarise(rows: dict[str, dict[int, dict]]) -> list[dict]:
     """
     order = [row for row in ROWS if row in rows] + sorted(row for row in rows if row not in ROWS)
     scores = {row: {seed: run["mAP"] for seed, run in rows[row].items()} for row in order}
-    parts = {row: ROWS[row].part if row in ROWS else "yours" for row in order}
+    parts = {row: ROWS[row].part if row in ROWS else "other" for row in order}
     published = [row for row in order if parts[row] == "published"] or order
     candidates = [row for row in published if len(rows[row]) > 1] or published
     best = max(candidates, key=lambda row: statistics.fmean(scores[row].values()))
@@ -283,8 +283,8 @@ def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
             line += [NOT_RUN] * (len(header) - 3)
         if published:
             line += [f"{value:.1f}" for value in PUBLISHED[row][dataset]] if row in PUBLISHED else ["", ""]
-        parts.setdefault(ROWS[row].part if row in ROWS else "yours", []).append(line)
-    titles = {"published": "", "later": "Later losses:\n\n", "yours": "Other losses:\n\n"}
+        parts.setdefault(ROWS[row].part if row in ROWS else "other", []).append(line)
+    titles = {"published": "", "later": "Later losses:\n\n", "other": "Other losses:\n\n"}
     tables = [titles[part] + markdown_table(header, lines) for part, lines in parts.items()]
     devices = dict.fromkeys(device_of(run) for entry in summary for run in entry["runs"])
     caption = f"A row: `{command({**args, 'seed': 0}, loss='LOSS')}`. Trained on {'; '.join(devices)}."
