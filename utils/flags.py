@@ -114,7 +114,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the backbone: 20 s of warm-up or more")
     add("--deterministic", action="store_true", help="the same bits on every run of one GPU, at some cost in speed")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 16)")
+    add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 4)")
     add("--cache", choices=("auto", "off"), help="auto: keep decoded images if they take at most half of the memory")
     # run
     add("--seed", type=number(int, zero=True), help="seed of weights, batches and augmentation (default: 0)")
