@@ -157,7 +157,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=number(int, zero=True), default=DEFAULTS["workers"],
-                        help="threads that decode images (default: the cores, at most 16)")  # fmt: skip
+                        help="threads that decode images (default: the cores, at most 4)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
         parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")

@@ -114,7 +114,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the backbone: 20 s of warm-up or more")
     add("--deterministic", action="store_true", help="the same bits on every run of one GPU, at some cost in speed")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 16)")
+    add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 4)")
     add("--cache", choices=("auto", "off"), help="auto: keep decoded images if they take at most half of the memory")
     # run
     add("--seed", type=number(int, zero=True), help="seed of weights, batches and augmentation (default: 0)")
@@ -204,13 +204,14 @@ def show_flags(args: dict) -> str:
 
     What depends on the number of training steps can't be typed: it follows in a line of its own.
     """
-    arguments = {}
+    arguments, by_steps = {}, dict(args.get("loss_args_by_steps", {}))
     for name, _ in parse_expression(args["loss"]):
         arguments |= {f"{name}.{key}": str(value.default) for key, value in settable_arguments(name).items()}
     for pair in args["loss_args"]:
         key, _, value = pair.partition("=")
-        arguments[key if "." in key else f"{args['loss']}.{key}"] = value
-    by_steps = args.get("loss_args_by_steps", {})
+        key = key if "." in key else f"{args['loss']}.{key}"
+        arguments[key] = value
+        by_steps.pop(key, None)  # a value that was given wins
     pairs = [f"{key}={value}" for key, value in arguments.items() if key not in by_steps]
     others = [key for key, option in reader_options().items() if not {*args["dataset"].split("+")} & {*option.datasets}]
     left_out = ["recipe", "explicit", *FREE, *others, *(["p", "k"] if args["sampler"] == "random" else [])]

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from losses import ROWS, row_name
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import load_json, write_text
 from utils.flags import DEFAULTS, FREE, command_line, new_run
 from utils.statistics import LEVEL, holm, interval, paired_p
 
@@ -98,7 +98,8 @@ def collect(run_dir: Path, folder: Path) -> Path:
     """Writes folder/runs/NAME.json, the compact form of run_dir/result.json (NAME: the run folder's name)."""
     if not (run_dir / "result.json").is_file():
         raise UserError(f"{run_dir} has no result.json: only a finished run can be collected")
-    run = read_run(run_dir / "result.json")
+    read_run(run_dir / "result.json")  # is it one?
+    run = compact(load_json(run_dir / "result.json"))
     path = folder / "runs" / f"{run_dir.resolve().name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in run.items()]
@@ -177,7 +178,7 @@ def summarise(rows: dict[str, dict[int, dict]]) -> list[dict]:
     """
     order = [row for row in ROWS if row in rows] + sorted(row for row in rows if row not in ROWS)
     scores = {row: {seed: run["mAP"] for seed, run in rows[row].items()} for row in order}
-    parts = {row: ROWS[row].part if row in ROWS else "yours" for row in order}
+    parts = {row: ROWS[row].part if row in ROWS else "other" for row in order}
     published = [row for row in order if parts[row] == "published"] or order
     candidates = [row for row in published if len(rows[row]) > 1] or published
     best = max(candidates, key=lambda row: statistics.fmean(scores[row].values()))
@@ -282,8 +283,8 @@ def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
             line += [NOT_RUN] * (len(header) - 3)
         if published:
             line += [f"{value:.1f}" for value in PUBLISHED[row][dataset]] if row in PUBLISHED else ["", ""]
-        parts.setdefault(ROWS[row].part if row in ROWS else "yours", []).append(line)
-    titles = {"published": "", "later": "Later losses:\n\n", "yours": "Other losses:\n\n"}
+        parts.setdefault(ROWS[row].part if row in ROWS else "other", []).append(line)
+    titles = {"published": "", "later": "Later losses:\n\n", "other": "Other losses:\n\n"}
     tables = [titles[part] + markdown_table(header, lines) for part, lines in parts.items()]
     devices = dict.fromkeys(device_of(run) for entry in summary for run in entry["runs"])
     caption = f"A row: `{command({**args, 'seed': 0}, loss='LOSS')}`. Trained on {'; '.join(devices)}."
