@@ -31,7 +31,8 @@ def draw_rows(rows: Sequence[Sequence[tuple]], height: int, width: int) -> Image
             picture = Image.fromarray(decode(path, [size[::-1]])[0])
             if activation is not None:
                 channels = [np.interp(activation, np.linspace(0, 255, 5), c) for c in zip(*COLOURS, strict=True)]
-                overlay = Image.fromarray(np.stack(channels, 2).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+                overlay = Image.fromarray(np.stack(channels, 2).astype(np.uint8))
+                overlay = overlay.resize(size, Image.Resampling.BILINEAR)
                 picture = Image.blend(picture.convert("L").convert("RGB"), overlay, 0.6)
             sheet.paste(picture, (left, top))
             frame(draw, left, top, left + size[0] - 1, top + size[1] - 1, right)
