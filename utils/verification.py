@@ -84,7 +84,7 @@ def rates(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     """Thresholds (N + 1,), rising, and the TPR and FPR of each."""
     edges = pairs.low + pairs.width * torch.arange(len(pairs.positive) + 1, dtype=torch.float64)
     reached = [torch.cat([count.flip(0).cumsum(0).flip(0), count.new_zeros(1)]) for count in pairs[2:]]
-    return edges, *(count / count[0] for count in reached)
+    return edges, *(count.double() / count[0] for count in reached)
 
 
 def at_rate(pairs: Pairs, rate: float) -> dict[str, float]:
