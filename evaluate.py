@@ -2,6 +2,8 @@
 
     python evaluate.py --run runs/market_arcface_s0
     python evaluate.py --run runs/market_arcface_s0 --dataset duke
+    python evaluate.py --run runs/market_arcface_s0 --rerank
+    python evaluate.py --run runs/market_arcface_s0 --verification
     python evaluate.py --run runs/market_arcface_s0 --save-features features.npz
     python evaluate.py --features features.npz
 
@@ -12,6 +14,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +34,13 @@ from utils.errors import UserError, user_input
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
 from utils.flags import DEFAULTS, load_args, number
-from utils.ranking import rank_metrics
+from utils.ranking import average, rank_queries, rank_queries_from_distance
+from utils.reranking import rerank
 from utils.seed import set_backends
+from utils.verification import count_pairs, verification, verification_table
 
 BATCH_SIZE, BATCH_SIZE_GPU = 128, 512  # images embedded at a time
+RERANK = {"k1": 20, "k2": 6, "lambda_": 0.3}  # of the paper
 METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP", "num_queries")
 
 
@@ -79,21 +85,42 @@ def embed_split(model: nn.Module, split: Split, **settings) -> Features:
     return Features(**fields)
 
 
-def score(features: Features, metric: str = "cosine", ignore_cameras: bool = False) -> dict[str, float]:
+def cameras(features: Features, ignore: bool = False) -> tuple:
+    """The camids of queries (Q,) and gallery (G,) that count: each path its own if ignored, or if one is unknown (-1),
+    so that only the query image itself is dropped."""
+    query_camids, gallery_camids = features.query_camids, features.gallery_camids
+    if ignore or min(query_camids.min(), gallery_camids.min()) < 0:
+        return path_cameras(features.query_paths, features.gallery_paths)
+    return query_camids, gallery_camids
+
+
+def score(
+    features: Features, metric: str = "cosine", ignore_cameras: bool = False, reranking: dict | None = None,
+    verify: bool = False,
+) -> dict:  # fmt: skip
     """The metrics of the README's "Protocol", as fractions (0..1), under the names of `rank_metrics`.
 
     ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped; the
-    same holds where a camera is unknown (-1).
+    same holds where a camera is unknown (-1). reranking: k1, k2 and lambda_ of utils/reranking.py, by whose distances
+    is ranked. verify: further, under "verification", what utils/verification.py says of the pairs.
     """
-    query_camids, gallery_camids = features.query_camids, features.gallery_camids
-    if ignore_cameras or min(query_camids.min(), gallery_camids.min()) < 0:
-        query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
+    query_camids, gallery_camids = cameras(features, ignore_cameras)
     query = features.query, features.query_pids, query_camids
     gallery = features.gallery, features.gallery_pids, gallery_camids
+
+    def rank(block: int | None) -> dict[str, Tensor]:
+        if not reranking:
+            return rank_queries(*query, *gallery, metric=metric, gallery_block=block)
+        bar, parts = partial(tqdm, leave=False, disable=None), []
+        for here, distance in rerank(query[0], gallery[0], metric, **reranking, block=block, progress=bar):
+            parts.append(rank_queries_from_distance(distance, query[1][here], query[2][here], *gallery[1:]))
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
     block = None  # the default
     while True:
         try:
-            return rank_metrics(*query, *gallery, metric=metric, gallery_block=block)
+            metrics = average(rank(block))
+            return metrics | ({"verification": verification(count_pairs(*query, *gallery, metric))} if verify else {})
         except torch.OutOfMemoryError:
             if block == 64:
                 raise
@@ -101,13 +128,16 @@ def score(features: Features, metric: str = "cosine", ignore_cameras: bool = Fal
         print(f"out of memory: ranking again by blocks of {block} gallery images")
 
 
-def score_all(model: nn.Module, tests: dict[str, Split], metric: str, ignore_cameras: bool, **settings) -> dict:
+def score_all(
+    model: nn.Module, tests: dict[str, Split], metric: str, ignore_cameras: bool, reranking: dict | None = None,
+    verify: bool = False, **settings,
+) -> dict:  # fmt: skip
     """The metrics of a test set; of several their means, and under "tests" those of each. settings: of `embed`."""
     found = {}
     for name, split in tests.items():
         features = embed_split(model, split, **settings)
         with user_input():
-            found[name] = score(features, metric, ignore_cameras)
+            found[name] = score(features, metric, ignore_cameras, reranking, verify)
     if len(found) == 1:
         return next(iter(found.values()))
     means = {key: sum(metrics[key] for metrics in found.values()) / len(found) for key in METRICS[:-1]}
@@ -139,6 +169,26 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     return model.to(device, memory_format=torch.channels_last).eval(), args
 
 
+def load_tests(
+    run_dir: Path, run: dict, dataset: str | None = None, data_dir: str | None = None, options: dict | None = None
+) -> tuple[dict[str, Split], str]:
+    """The run's own test sets (people that it did not train on), or those of another data set; and their name.
+
+    run: the run's flags; options: those of the readers (reader_options). Prints what the readers have to say.
+    """
+    dataset, options = dataset or run["dataset"], options or {}
+    with user_input():
+        check_options(dataset, options)
+        kept = run_dir / "split.csv" if dataset == run["dataset"] and not options else None
+        data = load_datasets(dataset, data_dir or run["data_dir"], {**run, **options}, kept)
+        tests, name = data.tests, dataset
+        if dataset == run["dataset"] and run["eval_on"] == "val":
+            tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
+            name = f"{dataset} val"
+    print("".join(f"{note}\n" for note in data.notes), end="")
+    return tests, name
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what to score: one of the two
@@ -154,6 +204,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ignore-cameras", action="store_true", help="drop only the query image itself, not its whole camera"
     )
+    parser.add_argument("--rerank", action="store_true",
+                        help="rank by k-reciprocal re-ranking (utils/reranking.py): numbers of their own")  # fmt: skip
+    for key, default in RERANK.items():
+        kind = number(int) if key != "lambda_" else number(float, zero=True, most=1)
+        parser.add_argument(f"--{key.strip('_')}", dest=key, type=kind, help=f"of --rerank (default: {default})")
+    parser.add_argument("--verification", action="store_true",
+                        help="also: true match rates at three false match rates, over all pairs")  # fmt: skip
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=number(int, zero=True), default=DEFAULTS["workers"],
@@ -161,6 +218,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
         parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")
+    given = [f"--{key.strip('_')}" for key in RERANK if getattr(args, key) is not None]
+    if given and not args.rerank:
+        parser.error(f"{given[0]} belongs to --rerank")
+    if args.rerank and args.verification:
+        parser.error("--verification is about similarities, which --rerank replaces: give one of the two")
     options = [key for key in vars(args) if key in reader_options()]
     if args.features and (args.dataset or args.data_dir or args.save_features or options):
         parser.error("--features needs no images: leave --dataset, --data-dir and --save-features out")
@@ -170,27 +232,22 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = find_device(args.device or DEFAULTS["device"])
+    given = {key: getattr(args, key) for key in RERANK if getattr(args, key) is not None}
+    further = {"reranking": {**RERANK, **given} if args.rerank else None, "verify": args.verification}
     if args.features:
         features = load_features(args.features)
         query = torch.from_numpy(features.query.astype(features.query.dtype.newbyteorder("=")))  # ranked where it is
         features = features._replace(query=query.to(device))
         with user_input():
-            metrics = score(features, args.metric or "cosine", args.ignore_cameras)
-        print(metrics_table(metrics, str(args.features)))
+            metrics = score(features, args.metric or "cosine", args.ignore_cameras, **further)
+        print(metrics_table(metrics, f"{args.features}{', re-ranked' if args.rerank else ''}"))
+        if args.verification:
+            print(verification_table(metrics))
         return
     model, run = load_run(args.run, device)
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
-    dataset = args.dataset or run["dataset"]
-    held_out = dataset == run["dataset"] and run["eval_on"] == "val"
     options = {key: value for key, value in vars(args).items() if key in reader_options()}
-    with user_input():
-        check_options(dataset, options)
-        kept = args.run / "split.csv" if dataset == run["dataset"] and not options else None
-        data = load_datasets(dataset, args.data_dir or run["data_dir"], {**run, **options}, kept)
-        tests = data.tests
-        if held_out:
-            tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
-    print("".join(f"{note}\n" for note in data.notes), end="")
+    tests, title = load_tests(args.run, run, args.dataset, args.data_dir, options)
     how = {"metric": args.metric or run["metric"], "ignore_cameras": args.ignore_cameras or run["ignore_cameras"]}
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
     if args.save_features:
@@ -199,13 +256,19 @@ def main(argv: list[str] | None = None) -> None:
         features = embed_split(model, next(iter(tests.values())), **settings)
         save_features(args.save_features, features)
         with user_input():
-            metrics = score(features, **how)
+            metrics = score(features, **how, **further)
     else:
-        metrics = score_all(model, tests, **how, **settings)
-    print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
-    words = [dataset, *(f"{key.replace('_', '-')}-{value}" for key, value in options.items()), how["metric"]]
-    name = f"evaluation_{'_'.join(words)}{'_ignore-cameras' if how['ignore_cameras'] else ''}.json"
-    save_json(args.run / name, {**metrics, **how})
+        metrics = score_all(model, tests, **how, **further, **settings)
+    print(metrics_table(metrics, f"{args.run.name} on {title}{', re-ranked' if args.rerank else ''}"))
+    if args.verification:
+        print(verification_table(metrics))
+        people = "held out, none of the test" if title.endswith(" val") else "of the test set, which they describe"
+        print(f"thresholds found on the people {people}")
+    words = [args.dataset or run["dataset"], *(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
+    words += [how["metric"], *(["ignore-cameras"] if how["ignore_cameras"] else [])]
+    words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
+    words += [word for word in ("rerank", "verification") if getattr(args, word)]
+    save_json(args.run / f"evaluation_{'_'.join(words)}.json", {**metrics, **how, **(further["reranking"] or {})})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from utils.errors import UserError, user_input
 from utils.files import load_json, save_json
 from utils.flags import FREE, SCORING, build_parser, count_steps, new_run, resumed_run, run_name, show_flags
 from utils.seed import seed_everything, set_backends
+from utils.tensorboard import open_board
 
 LOG_EVERY = 20  # steps between two looks at the loss; between them nothing waits for the device
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if args["amp"]:
         check_bfloat16(device)
     check_writable(run_dir)
+    board = open_board(run_dir / "tensorboard") if args["tensorboard"] else lambda line: None
     set_backends(args["deterministic"], args["tf32"])
 
     # ------------------------------------------------------------------------------------------------------------ data
@@ -205,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
                 line |= evaluate()
             log.append(line)
             save_log(run_dir / "log.jsonl", log)
+            board(line)
             due = time.monotonic() - saved_at >= args["save_every"] or stop_signals
             if due or epoch + 1 == args["epochs"]:
                 save(epoch + 1)
@@ -221,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
             signal.signal(each, interrupt)
         stop_if_asked(args["epochs"])  # a signal since the last look
         metrics = evaluate()
+        board({"epoch": args["epochs"], **metrics})
         save_json(run_dir / "result.json", {**metrics, "row": row, "args": args, "log": log})
         print(metrics_table(metrics, f"{args['dataset']} {row}"))
 

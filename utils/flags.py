@@ -54,8 +54,9 @@ DEFAULTS = {
     "seed": 0,
     "eval_every": 0,
     "save_every": 60,
+    "tensorboard": False,
 }
-FREE = ("data_dir", "workers", "cache", "device", "eval_every", "save_every")  # change no number of a training
+FREE = ("data_dir", "workers", "cache", "device", "eval_every", "save_every", "tensorboard")  # change no number
 SCORING = ("metric", "ignore_cameras")  # change no number of a training but its score
 
 
@@ -123,6 +124,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--eval-every", type=number(int, zero=True), help="score every N epochs, too (default: 0, only at the end)")
     add("--save-every", type=number(float, zero=True), metavar="SECONDS",
         help="save after an epoch if the last save is older (default: 60; 0: after each); a killed run loses the rest")
+    add("--tensorboard", action="store_true", help="the log as curves in RUN/tensorboard, too, if it is installed")
     add("--metric", choices=("cosine", "euclidean"), help="distance of the scoring (default: cosine)")
     add("--ignore-cameras", action="store_true", help="scoring drops only the query image itself, not its whole camera")
     add("--run-dir", type=Path, help="the run folder itself (default: runs/DATASET_LOSS_sSEED, and flags that differ)")
