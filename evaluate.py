@@ -25,13 +25,14 @@ from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
 from models import build_model
+from utils import distributed
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
-from utils.environment import find_device
+from utils.environment import digest_of_names, find_device
 from utils.errors import UserError, user_input
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
 from utils.flags import DEFAULTS, load_args, number
-from utils.ranking import rank_metrics
+from utils.ranking import average, rank_queries
 from utils.seed import set_backends
 
 BATCH_SIZE, BATCH_SIZE_GPU = 128, 512  # images embedded at a time
@@ -50,13 +51,18 @@ def embed(
     workers: int = 4,
     description: str = "embedding",
 ) -> Tensor:
-    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept."""
+    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept.
+
+    Under torchrun every process embeds its share of them and returns all.
+    """
+    paths = [record.path for record in records]
+    distributed.check_same("the list of test images", digest_of_names(paths))
+    paths = paths[distributed.share(len(paths))]
     was_training = model.training
     model.eval()
     batch_size = BATCH_SIZE if device.type == "cpu" else BATCH_SIZE_GPU
     embeddings = []
-    with tqdm(total=len(records), desc=description, unit="image", leave=False, disable=None) as bar:
-        paths = [record.path for record in records]
+    with tqdm(total=len(paths), desc=description, unit="image", leave=False, disable=None) as bar:
         for images in stream_images(paths, height, width, device, batch_size, workers):
             count = len(images)
             if device.type != "cpu" and count < batch_size:  # one shape: cuDNN tunes once
@@ -65,7 +71,7 @@ def embed(
                 embeddings.append(model(images)[:count].float())  # (B, D)
             bar.update(count)
     model.train(was_training)
-    return torch.cat(embeddings)
+    return distributed.gather_rows(torch.cat(embeddings), len(records))
 
 
 def embed_split(model: nn.Module, split: Split, **settings) -> Features:
@@ -83,22 +89,26 @@ def score(features: Features, metric: str = "cosine", ignore_cameras: bool = Fal
     """The metrics of the README's "Protocol", as fractions (0..1), under the names of `rank_metrics`.
 
     ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped; the
-    same holds where a camera is unknown (-1).
+    same holds where a camera is unknown (-1). Under torchrun every process ranks its share of the queries.
     """
     query_camids, gallery_camids = features.query_camids, features.gallery_camids
     if ignore_cameras or min(query_camids.min(), gallery_camids.min()) < 0:
         query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
-    query = features.query, features.query_pids, query_camids
+    mine = distributed.share(len(features.query))
+    query = features.query[mine], features.query_pids[mine], query_camids[mine]
     gallery = features.gallery, features.gallery_pids, gallery_camids
     block = None  # the default
     while True:
         try:
-            return rank_metrics(*query, *gallery, metric=metric, gallery_block=block)
+            results = rank_queries(*query, *gallery, metric=metric, gallery_block=block)
+            break
         except torch.OutOfMemoryError:
             if block == 64:
                 raise
         block = max((block or 8192) // 2, 64)
         print(f"out of memory: ranking again by blocks of {block} gallery images")
+    count = len(features.query)
+    return average({key: distributed.gather_rows(column, count) for key, column in results.items()})
 
 
 def score_all(model: nn.Module, tests: dict[str, Split], metric: str, ignore_cameras: bool, **settings) -> dict:
@@ -169,7 +179,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    device = find_device(args.device or DEFAULTS["device"])
+    device = find_device(distributed.own_device(args.device or DEFAULTS["device"]))
     if args.features:
         features = load_features(args.features)
         query = torch.from_numpy(features.query.astype(features.query.dtype.newbyteorder("=")))  # ranked where it is
@@ -186,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_input():
         check_options(dataset, options)
         kept = args.run / "split.csv" if dataset == run["dataset"] and not options else None
-        data = load_datasets(dataset, args.data_dir or run["data_dir"], {**run, **options}, kept)
+        with distributed.one_first():  # generated pedestrians are drawn once
+            data = load_datasets(dataset, args.data_dir or run["data_dir"], {**run, **options}, kept)
         tests = data.tests
         if held_out:
             tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
@@ -197,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         if len(tests) > 1:
             raise UserError("--save-features takes one test set: name it with --dataset")
         features = embed_split(model, next(iter(tests.values())), **settings)
-        save_features(args.save_features, features)
+        if distributed.rank() == 0:
+            save_features(args.save_features, features)
         with user_input():
             metrics = score(features, **how)
     else:
@@ -205,14 +217,16 @@ def main(argv: list[str] | None = None) -> None:
     print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
     words = [dataset, *(f"{key.replace('_', '-')}-{value}" for key, value in options.items()), how["metric"]]
     name = f"evaluation_{'_'.join(words)}{'_ignore-cameras' if how['ignore_cameras'] else ''}.json"
-    save_json(args.run / name, {**metrics, **how})
+    if distributed.rank() == 0:
+        save_json(args.run / name, {**metrics, **how})
 
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
-        main()
+        with distributed.processes():
+            main()
     except (UserError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except torch.OutOfMemoryError:
