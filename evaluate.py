@@ -28,8 +28,9 @@ from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
 from models import build_model
+from utils import distributed
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
-from utils.environment import find_device
+from utils.environment import digest_of_names, find_device
 from utils.errors import UserError, user_input
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
@@ -56,13 +57,18 @@ def embed(
     workers: int = 4,
     description: str = "embedding",
 ) -> Tensor:
-    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept."""
+    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept.
+
+    Under torchrun every process embeds its share of them and returns all.
+    """
+    paths = [record.path for record in records]
+    distributed.check_same("the list of test images", digest_of_names(paths))
+    paths = paths[distributed.share(len(paths))]
     was_training = model.training
     model.eval()
     batch_size = BATCH_SIZE if device.type == "cpu" else BATCH_SIZE_GPU
     embeddings = []
-    with tqdm(total=len(records), desc=description, unit="image", leave=False, disable=None) as bar:
-        paths = [record.path for record in records]
+    with tqdm(total=len(paths), desc=description, unit="image", leave=False, disable=None) as bar:
         for images in stream_images(paths, height, width, device, batch_size, workers):
             count = len(images)
             if device.type != "cpu" and count < batch_size:  # one shape: cuDNN tunes once
@@ -71,7 +77,7 @@ def embed(
                 embeddings.append(model(images)[:count].float())  # (B, D)
             bar.update(count)
     model.train(was_training)
-    return torch.cat(embeddings)
+    return distributed.gather_rows(torch.cat(embeddings), len(records))
 
 
 def embed_split(model: nn.Module, split: Split, **settings) -> Features:
@@ -102,10 +108,13 @@ def score(
 
     ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped; the
     same holds where a camera is unknown (-1). reranking: k1, k2 and lambda_ of utils/reranking.py, by whose distances
-    is ranked. verify: further, under "verification", what utils/verification.py says of the pairs.
+    is ranked. verify: further, under "verification", what utils/verification.py says of the pairs. Under torchrun every
+    process ranks its share of the queries; re-ranking, which compares them with each other, takes all of them in each.
     """
     query_camids, gallery_camids = cameras(features, ignore_cameras)
-    query = features.query, features.query_pids, query_camids
+    queries = features.query, features.query_pids, query_camids
+    mine = slice(None) if reranking else distributed.share(len(features.query))
+    query = tuple(column[mine] for column in queries)
     gallery = features.gallery, features.gallery_pids, gallery_camids
 
     def rank(block: int | None) -> dict[str, Tensor]:
@@ -119,13 +128,17 @@ def score(
     block = None  # the default
     while True:
         try:
-            metrics = average(rank(block))
-            return metrics | ({"verification": verification(count_pairs(*query, *gallery, metric))} if verify else {})
+            results = rank(block)
+            break
         except torch.OutOfMemoryError:
             if block == 64:
                 raise
         block = max((block or 8192) // 2, 64)
         print(f"out of memory: ranking again by blocks of {block} gallery images")
+    if not reranking:
+        results = {key: distributed.gather_rows(column, len(queries[0])) for key, column in results.items()}
+    further = {"verification": verification(count_pairs(*queries, *gallery, metric))} if verify else {}
+    return average(results) | further
 
 
 def score_all(
@@ -180,7 +193,8 @@ def load_tests(
     with user_input():
         check_options(dataset, options)
         kept = run_dir / "split.csv" if dataset == run["dataset"] and not options else None
-        data = load_datasets(dataset, data_dir or run["data_dir"], {**run, **options}, kept)
+        with distributed.one_first():  # generated pedestrians are drawn once
+            data = load_datasets(dataset, data_dir or run["data_dir"], {**run, **options}, kept)
         tests, name = data.tests, dataset
         if dataset == run["dataset"] and run["eval_on"] == "val":
             tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
@@ -231,7 +245,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    device = find_device(args.device or DEFAULTS["device"])
+    device = find_device(distributed.own_device(args.device or DEFAULTS["device"]))
     given = {key: getattr(args, key) for key in RERANK if getattr(args, key) is not None}
     further = {"reranking": {**RERANK, **given} if args.rerank else None, "verify": args.verification}
     if args.features:
@@ -254,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         if len(tests) > 1:
             raise UserError("--save-features takes one test set: name it with --dataset")
         features = embed_split(model, next(iter(tests.values())), **settings)
-        save_features(args.save_features, features)
+        if distributed.rank() == 0:
+            save_features(args.save_features, features)
         with user_input():
             metrics = score(features, **how, **further)
     else:
@@ -268,14 +283,16 @@ def main(argv: list[str] | None = None) -> None:
     words += [how["metric"], *(["ignore-cameras"] if how["ignore_cameras"] else [])]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
     words += [word for word in ("rerank", "verification") if getattr(args, word)]
-    save_json(args.run / f"evaluation_{'_'.join(words)}.json", {**metrics, **how, **(further["reranking"] or {})})
+    if distributed.rank() == 0:
+        save_json(args.run / f"evaluation_{'_'.join(words)}.json", {**metrics, **how, **(further["reranking"] or {})})
 
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
-        main()
+        with distributed.processes():
+            main()
     except (UserError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except torch.OutOfMemoryError:

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.distributed import local_world_size
 from utils.errors import UserError
 from utils.seed import mix_seed
 
@@ -58,9 +59,9 @@ def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
 
 
 def default_workers() -> int:
-    """Threads that decode, unless a flag says otherwise: the cores this process may use, at most 4."""
+    """Threads that decode, unless a flag says otherwise: this process's share of the cores, at most 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4)  # Pillow holds Python's lock for part of the work: 8 or 16 threads of 16 cores gained nothing
+    return max(min(cores // local_world_size(), 4), 1)  # Pillow holds Python's lock at times: 8 gain nothing
 
 
 def decode_batches(
@@ -215,10 +216,11 @@ class TrainingImages:
         self.stores = None
         self.where = "files, decoded every epoch"
         if cache == "auto":
-            if self.num_bytes <= available_memory(device) // 2:
+            room = available_memory(torch.device("cpu")) // 2 // local_world_size()  # main memory is for all processes
+            if self.num_bytes <= (available_memory(device) // 2 if device.type != "cpu" else room):
                 self.where = str(device) if device.type != "cpu" else "main memory"
                 self._fill(device)
-            elif device.type != "cpu" and self.num_bytes <= available_memory(torch.device("cpu")) // 2:
+            elif device.type != "cpu" and self.num_bytes <= room:
                 self.where = "main memory"
                 self._fill(torch.device("cpu"))
 
@@ -233,15 +235,16 @@ class TrainingImages:
                 start += len(chunk[0])
                 bar.update(len(chunk[0]))
 
-    def batches(self, order: Tensor, seed: int, epoch: int) -> Iterator[Tensor]:
+    def batches(self, order: Tensor, seed: int, epoch: int, rows: slice = slice(None)) -> Iterator[Tensor]:
         """Normalised, augmented batches (B, 3, H, W) on the device, for the image numbers `order` (steps, B).
 
         Everything random is drawn from (seed, epoch) in one block whose row is the step: nothing in the loop waits
         for the device, and a step's pixels don't depend on how or when they were fetched.
+        rows: the images of each batch that are wanted, as if the others were cut off: one process's share.
         """
         generator = torch.Generator().manual_seed(mix_seed(seed, epoch, 1))
-        draws = torch.rand(*order.shape, 4, generator=generator).to(self.device)  # (steps, B, 4)
-        for step, images in enumerate(self._raw_batches(order)):
+        draws = torch.rand(*order.shape, 4, generator=generator)[:, rows].to(self.device)  # (steps, B, 4)
+        for step, images in enumerate(self._raw_batches(order[:, rows])):
             yield normalise(augment(images[0], images[1] if len(images) > 1 else None, draws[step]))
 
     def _raw_batches(self, order: Tensor) -> Iterator[list[Tensor]]:

@@ -43,6 +43,8 @@ DEFAULTS = {
     "p": 16,
     "k": 4,
     "random_crop": False,
+    "micro_batches": 1,
+    "sync_bn": False,
     "amp": False,
     "tf32": None,  # PyTorch's own: on for convolutions, off for other products
     "compile": False,
@@ -109,6 +111,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")
     add("--k", type=number(int), help="images per identity of the pk sampler (default: 4)")
     add("--random-crop", action=switch, help="enlarge half of the images 1.125x and crop them")
+    # several processes, parts of a batch: the loss is over the whole batch, batch normalisation is not
+    add("--micro-batches", type=number(int), help="pass a process's batch in N parts, which saves memory and takes one "
+        "more forward pass; batch normalisation sees a part at a time (default: the recipe's, 1)")
+    add("--sync-bn", action="store_true", help="under torchrun on GPUs: batch normalisation over all processes")
     # speed and device
     add("--amp", action="store_true", help="bfloat16 autocast for the backbone; losses stay in float32")
     add("--tf32", action=switch, help="TF32 products of float32 on a GPU (default: PyTorch's own, convolutions only)")
