@@ -83,9 +83,11 @@ def score(features: Features, metric: str = "cosine", ignore_cameras: bool = Fal
     """The metrics of the README's "Protocol", as fractions (0..1), under the names of `rank_metrics`.
 
     ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped; the
-    same holds where a camera is unknown (-1).
+    same holds where a camera is unknown (-1). ValueError if there are neither cameras nor ignore_cameras.
     """
     query_camids, gallery_camids = features.query_camids, features.gallery_camids
+    if not ignore_cameras and (query_camids is None or gallery_camids is None):
+        raise ValueError("The features hold no cameras: add query_camids and gallery_camids, or pass --ignore-cameras.")
     if ignore_cameras or min(query_camids.min(), gallery_camids.min()) < 0:
         query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
     query = features.query, features.query_pids, query_camids
