@@ -11,7 +11,13 @@ import torchvision
 from torch import Tensor, nn
 
 # D of torchvision's networks; or a function without arguments that builds a backbone with an attribute embedding_dim
-ARCHS = {"resnet50": 2048, "resnet18": 512, "resnet34": 512, "resnet101": 2048, "mobilenet_v2": 1280}
+ARCHS = {
+    "resnet50": 2048,
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet101": 2048,
+    "mobilenet_v2": 1280,
+}
 CLASSIFIERS = ("fc.", "classifier.")  # the ImageNet heads of these trunks: never built, ignored in a weights file
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # that can be in such a file
 PREFIXES = ("module.", "model.")  # what DataParallel and common training scripts put in front of every name
@@ -72,8 +78,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever is wrong with a foreign file, no code of it has run
         if "GLOBAL numpy" in str(error):
             raise ValueError(
-                f"{path} holds NumPy values beside its tensors (a best score, say), which can't be read safely: where it "
-                "was made, save the tensors alone, torch.save(model.state_dict(), 'weights.pth')"
+                f"{path} holds NumPy values beside its tensors (a best score, say), which can't be read safely: where "
+                "it was made, save the tensors alone, torch.save(model.state_dict(), 'weights.pth')"
             ) from None
         raise ValueError(f"{path} is no file of plain tensors, read safely ({type(error).__name__})") from None
     for key in ("state_dict", "model"):

@@ -12,7 +12,8 @@ def test_one_embedding_per_image(arch):
     model = build_model(arch).eval()
     with torch.inference_mode():
         embeddings = model(torch.rand(2, 3, 64, 32))
-    assert embeddings.shape == (2, ARCHS[arch]) == (2, model.embedding_dim)
+    assert embeddings.shape == (2, model.embedding_dim)
+    assert callable(ARCHS[arch]) or ARCHS[arch] == model.embedding_dim
     assert embeddings.dtype == torch.float32
 
 
