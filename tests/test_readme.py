@@ -1,6 +1,5 @@
 """The READMEs can't rot: commands parse, files exist, tables and findings are those of results/, blocks work."""
 
-import contextlib
 import json
 import os
 import re
@@ -104,7 +103,7 @@ def test_every_script_module_link_and_heading_exists():
             elif heading:
                 headings = [line.strip("# ").lower().replace(" ", "-") for line in target.read_text().splitlines()]
                 missing += [] if heading in headings else [f"{name}: {link}"]
-    assert missing == []
+    assert not missing, missing
 
 
 def test_the_tests_of_the_tables_exist():
