@@ -260,26 +260,24 @@ def run_python(folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
-ADD = {  # name -> the README with the block, further tests, a command that knows the name then
-    "norm_softmax": ("README.md", ["tests/test_losses.py", "tests/test_loss_files.py"],
-                     ["train.py", "--loss", "softmax+norm_softmax", "--dataset", "synthetic", "--show-recipe"]),
-    "mine": ("data/README.md", ["tests/test_structure.py"],
-             ["train.py", "--loss", "softmax", "--dataset", "mine+market", "--show-recipe"]),
-    "tiny": ("models/README.md", ["tests/test_models.py"],
-             ["train.py", "--loss", "softmax", "--dataset", "synthetic", "--arch", "tiny", "--show-recipe"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ADD)
-def test_add_one_literally(name, tmp_path):
-    """One file, its import and its line, one test: its own passes, and so do those that find it by themselves."""
-    readme, others, command = ADD[name]
-    (block,) = [block for block in blocks(READMES[readme]) if "# tests/" in block]
-    new = apply(block, copy_tree(tmp_path))
-    assert [path.name for path in new] == [f"{name}.py", f"test_{name}.py"]
-    for arguments, least in ((["tests/" + new[1].name], 1), ([*others, "-k", name], 1)):
-        done = run_python(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
-        passed = re.search(r"(\d+) passed", done.stdout)
-        assert done.returncode == 0 and int(passed[1]) >= least, done.stdout + done.stderr
-    done = run_python(tmp_path, *command)
-    assert done.returncode == 0 and name in done.stdout, done.stderr
+def test_add_a_loss_a_data_set_and_a_backbone_literally(tmp_path):
+    """Each is one file, its import and its line, one test: these pass, and so do those that find it by themselves."""
+    folder, new = copy_tree(tmp_path), []
+    for name in ("README.md", "data/README.md", "models/README.md"):
+        (block,) = [block for block in blocks(READMES[name]) if "# tests/" in block]
+        new += apply(block, folder)
+    names = ["norm_softmax", "mine", "tiny"]
+    assert [path.stem for path in new] == [stem for name in names for stem in (name, f"test_{name}")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    how = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    others = [f"tests/test_{name}.py" for name in ("losses", "loss_files", "structure", "models")]
+    pytest_words = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=", "-k", " or ".join(names)]
+    done = subprocess.run([sys.executable, *pytest_words, *[f"tests/{path.name}" for path in new[1::2]], *others], **how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in names:  # its own test, and another that finds it by itself
+        passed = re.findall(rf"^tests/(\w+)\.py::\S*.*PASSED", "\n".join(
+            line for line in done.stdout.splitlines() if name in line), flags=re.M)
+        assert f"test_{name}" in passed and {*passed} - {f"test_{name}"}, name
+    words = ["--loss", "softmax+norm_softmax", "--dataset", "mine+market", "--arch", "tiny", "--show-recipe"]
+    done = subprocess.run([sys.executable, "train.py", *words], **how)
+    assert done.returncode == 0 and all(word in done.stdout for word in words[:-1]), done.stderr
