@@ -10,7 +10,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-ARCHS = {"resnet50": 2048, "resnet18": 512, "resnet34": 512, "resnet101": 2048, "mobilenet_v2": 1280}  # D
+# D of torchvision's networks; or a function without arguments that builds a backbone with an attribute embedding_dim
+ARCHS = {
+    "resnet50": 2048,
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet101": 2048,
+    "mobilenet_v2": 1280,
+}
 CLASSIFIERS = ("fc.", "classifier.")  # the ImageNet heads of these trunks: never built, ignored in a weights file
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # that can be in such a file
 PREFIXES = ("module.", "model.")  # what DataParallel and common training scripts put in front of every name
@@ -32,10 +39,16 @@ def build_model(arch: str = "resnet50", weights: str = "none") -> nn.Module:
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}; known: {', '.join(ARCHS)}")
-    network = torchvision.models.get_model(arch, weights=None)
-    layers = [(name, layer) for name, layer in network.named_children() if name not in ("avgpool", "fc", "classifier")]
-    model = nn.Sequential(OrderedDict([*layers, ("pool", GlobalAveragePool())]))
-    model.embedding_dim = ARCHS[arch]
+    if callable(ARCHS[arch]):
+        model = ARCHS[arch]()
+    else:
+        network = torchvision.models.get_model(arch, weights=None)
+        heads = ("avgpool", "fc", "classifier")
+        layers = [(name, layer) for name, layer in network.named_children() if name not in heads]
+        model = nn.Sequential(OrderedDict([*layers, ("pool", GlobalAveragePool())]))
+        model.embedding_dim = ARCHS[arch]
+    if weights == "imagenet" and callable(ARCHS[arch]):
+        raise ValueError(f"there are no ImageNet weights of {arch}: pass --weights none or a file")
     if weights == "imagenet":
         load_state_dict(model, imagenet_state_dict(arch), source=f"torchvision's ImageNet weights of {arch}")
     elif weights != "none":
@@ -63,6 +76,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever is wrong with a foreign file, no code of it has run
+        if "GLOBAL numpy" in str(error):
+            raise ValueError(
+                f"{path} holds NumPy values beside its tensors (a best score, say), which can't be read safely: where "
+                "it was made, save the tensors alone, torch.save(model.state_dict(), 'weights.pth')"
+            ) from None
         raise ValueError(f"{path} is no file of plain tensors, read safely ({type(error).__name__})") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

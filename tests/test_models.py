@@ -1,8 +1,10 @@
 """Backbones: one tensor out, torchvision's names, weights files that fit or are refused."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from models import ARCHS, build_model
 
@@ -12,7 +14,8 @@ def test_one_embedding_per_image(arch):
     model = build_model(arch).eval()
     with torch.inference_mode():
         embeddings = model(torch.rand(2, 3, 64, 32))
-    assert embeddings.shape == (2, ARCHS[arch]) == (2, model.embedding_dim)
+    assert embeddings.shape == (2, model.embedding_dim)
+    assert callable(ARCHS[arch]) or ARCHS[arch] == model.embedding_dim
     assert embeddings.dtype == torch.float32
 
 
@@ -87,6 +90,33 @@ def test_weights_file_absent_or_no_state_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no state dict"):
         build_model("resnet18", str(tmp_path / "list.pth"))
+
+
+def test_numpy_values_beside_the_weights(tmp_path):
+    """As training scripts keep a best score. They are not read; the sentence says how to save the file again."""
+    state = {"state_dict": torchvision.models.resnet18().state_dict(), "best": np.float64(0.5)}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth holds NumPy values .* torch.save\(model.state_dict\(\), 'weights"):
+        build_model("resnet18", str(tmp_path / "w.pth"))
+    torch.save({**state, "best": float(state["best"])}, tmp_path / "w.pth")
+    build_model("resnet18", str(tmp_path / "w.pth"))
+
+
+def test_a_backbone_of_ones_own(tmp_path, monkeypatch):
+    """A function in the dict. Its weights are read by the names that it gives them; ImageNet's there are none of."""
+
+    def tiny():
+        model = nn.Sequential(nn.Conv2d(3, 8, 7, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model.embedding_dim = 8
+        return model
+
+    monkeypatch.setitem(ARCHS, "tiny", tiny)
+    model = build_model("tiny")
+    assert model.embedding_dim == 8 and model(torch.rand(2, 3, 64, 32)).shape == (2, 8)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    assert torch.equal(build_model("tiny", str(tmp_path / "w.pth"))[0].weight, model[0].weight)
+    with pytest.raises(ValueError, match="no ImageNet weights of tiny: pass --weights none or a file"):
+        build_model("tiny", "imagenet")
 
 
 def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch):

@@ -3,6 +3,7 @@
     python -m utils.results                                 # your own runs, in runs/
     python -m utils.results results                         # those of this repository
     python -m utils.results results --csv results.csv --update results/README.md
+    python -m utils.results results --short --update README.md
     python -m utils.results --collect runs/market_arcface_s0 --into results      # keep a finished run's numbers there
 
 A folder holds run folders (*/result.json) or collected runs (runs/*.json). Runs are grouped by setting: data set,
@@ -332,6 +333,19 @@ def markdown(groups: Groups) -> str:
     return "\n".join(parts)
 
 
+def markdown_short(groups: Groups) -> str:
+    """The README's table: the generated set with the controlled recipe and no further flag, in few columns."""
+    plain = new_run({"loss": "softmax", "dataset": "synthetic"})
+    rows = groups.get(describe(plain))
+    if not rows:
+        raise UserError("--short: no runs of --dataset synthetic without further flags among these")
+    lines = [
+        [entry["row"], percent(*entry["rank1"]), percent(*entry["mAP"]), str(len(entry["seeds"])), verdict(entry)]
+        for entry in summarise(rows)
+    ]
+    return markdown_table(["loss", "rank-1", "mAP", "n", "mAP against the highest"], lines) + "\n"
+
+
 def write_csv(groups: Groups, path: Path) -> None:
     """A line per setting and loss; scores in percent, times in seconds, empty where there is no number."""
 
@@ -369,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # output; the table is printed unless it is written to a file
     parser.add_argument("--csv", type=Path, help="write the numbers to this file")
     parser.add_argument("--update", type=Path, help=f"put the tables between {BEGIN} and {END} of this file")
+    parser.add_argument("--short", action="store_true", help="only the README's table of the generated set")
     # for those who keep results
     parser.add_argument("--collect", type=Path, nargs="+", help="write these run folders' results to INTO/runs")
     parser.add_argument("--into", type=Path, default=Path("results"), help="folder for --collect (default: results)")
@@ -380,10 +395,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = load_groups(args.folder)
     if args.csv:
         write_csv(groups, args.csv)
+    text = markdown_short(groups) if args.short else markdown(groups)
     if args.update:
-        update(args.update, markdown(groups))
+        update(args.update, text)
     if not (args.csv or args.update):
-        print(markdown(groups))
+        print(text)
 
 
 if __name__ == "__main__":
