@@ -272,10 +272,11 @@ def test_add_a_loss_a_data_set_and_a_backbone_literally(tmp_path):
     how = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 600}
     others = [f"tests/test_{name}.py" for name in ("losses", "loss_files", "structure", "models")]
     pytest_words = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=", "-k", " or ".join(names)]
-    done = subprocess.run([sys.executable, *pytest_words, *[f"tests/{path.name}" for path in new[1::2]], *others], **how)
+    own = [f"tests/{path.name}" for path in new[1::2]]
+    done = subprocess.run([sys.executable, *pytest_words, *own, *others], **how)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in names:  # its own test, and another that finds it by itself
-        passed = re.findall(rf"^tests/(\w+)\.py::\S*.*PASSED", "\n".join(
+        passed = re.findall(r"^tests/(\w+)\.py::\S*.*PASSED", "\n".join(
             line for line in done.stdout.splitlines() if name in line), flags=re.M)
         assert f"test_{name}" in passed and {*passed} - {f"test_{name}"}, name
     words = ["--loss", "softmax+norm_softmax", "--dataset", "mine+market", "--arch", "tiny", "--show-recipe"]
