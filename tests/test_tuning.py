@@ -1,4 +1,4 @@
-"""benchmarks/tune.py: candidates, also of one's own; its log; and what it does when a trial ends, fails or is stopped."""
+"""benchmarks/tune.py: candidates, also of one's own; its log; what it does when a trial ends, fails or is stopped."""
 
 import json
 import subprocess
