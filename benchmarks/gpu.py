@@ -46,7 +46,8 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "
 from benchmarks import steps  # noqa: E402
 from benchmarks.evaluator import SIZES, by_sort, draw, product  # noqa: E402
 from benchmarks.losses import milliseconds as in_turns  # noqa: E402
-from benchmarks.losses import one_step, peak_mib  # noqa: E402
+from benchmarks.losses import one_step  # noqa: E402
+from benchmarks.losses import peak_mib as peak_of  # noqa: E402
 from benchmarks.machine import RESULTS, machine_name, milliseconds, synchronize, write_result  # noqa: E402
 from data.images import default_workers  # noqa: E402
 from data.market1501 import market1501  # noqa: E402
@@ -73,6 +74,11 @@ def say(text: str) -> None:
 
 
 START = time.perf_counter()
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """The most memory of the GPU that a call holds on top of what was there; None on a CPU."""
+    return round(peak_of(call, device), 2) if device.type == "cuda" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
@@ -336,7 +342,7 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
              "height": H, "width": W, "epochs": epochs, "workers": 2, "device": args.device}  # fmt: skip
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     words += ["--amp"] if epochs == DEFAULT_EPOCHS else ["--amp", "--milestones", *thirds]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1" if args.small else "2"}
     waiting, running, slowest = list(jobs), {}, 0.0
     try:
         while waiting or running:
@@ -475,6 +481,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU: --device cpu --small tries every line without one")
+    if args.small:  # on a busy machine two threads that wait for each other took 20 times as long as one
+        os.environ["OMP_NUM_THREADS"] = "1"
     deadline, texts, fine = START + 60 * args.minutes, {}, True
     for number, part in enumerate(args.parts):
         share = 1 if args.small else SHARES[part] / sum(SHARES[other] for other in args.parts[number:])
