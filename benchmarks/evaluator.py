@@ -195,7 +195,7 @@ class Memory:
 
     def now(self) -> int:
         try:
-            status = Path("/proc/self/status").read_text()
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
             return int(status.split("RssAnon:")[1].split()[0]) * 1024
         except (OSError, IndexError):  # not Linux
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -354,14 +354,14 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
                 run_dir = folder / f"synthetic{num_ids}_{row}_s{seed}"
                 command = [sys.executable, str(ROOT / "train.py"), "--loss", row, "--seed", str(seed), "--run-dir",
                            str(run_dir), *words]  # fmt: skip
-                with open(folder / f"{run_dir.name}.txt", "w") as log:
+                with open(folder / f"{run_dir.name}.txt", "w", encoding="utf-8") as log:
                     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
                 running[process] = row, seed, run_dir, time.perf_counter()
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
                 row, seed, run_dir, start = running.pop(process)
                 if process.returncode:
-                    text = (folder / f"{run_dir.name}.txt").read_text()[-1500:]
+                    text = (folder / f"{run_dir.name}.txt").read_text(encoding="utf-8")[-1500:]
                     print(f"{row}, seed {seed} failed ({process.returncode}):\n{text}", flush=True)
                     continue
                 slowest = max(slowest, time.perf_counter() - start)
@@ -391,7 +391,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
             ended = list(wave([(row, 0) for row in rows[: args.jobs]], 2, args, data_dir, folder / "short", deadline))
             if not ended:
                 raise RuntimeError("not even two epochs were finished")
-            logs = [(run_dir / "log.jsonl").read_text().splitlines() for *_, run_dir, _ in ended]
+            logs = [(run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines() for *_, run_dir, _ in ended]
             each = max(json.loads(lines[-1])["seconds"] for lines in logs)
             around = max(seconds for *_, seconds in ended) - 2 * each
             epochs = int(((deadline - time.perf_counter()) / math.ceil(len(rows) / args.jobs) - around) / (1.1 * each))
@@ -400,7 +400,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
         seeds = 1 if args.small else 20  # as many as fit
         jobs = [(row, seed) for seed in range(seeds) for row in rows]
         for row, seed, run_dir, seconds in wave(jobs, epochs, args, data_dir, folder, deadline):
-            found[row][seed] = json.loads(collect(run_dir, args.out).read_text())
+            found[row][seed] = json.loads(collect(run_dir, args.out).read_text(encoding="utf-8"))
             shutil.rmtree(run_dir)
             scores = {key: found[row][seed][key] for key in ("rank1", "mAP")}
             say(f"{row}, seed {seed}: rank-1 {scores['rank1']:.1%}, mAP {scores['mAP']:.1%}, {seconds:.0f} s")
@@ -439,7 +439,7 @@ def run_part(part: str, argv: list[str], seconds: float, folder: Path) -> tuple[
         except ProcessLookupError:
             pass
         process.wait()
-    text = table.read_text() if table.is_file() else ""
+    text = table.read_text(encoding="utf-8") if table.is_file() else ""
     if code is None:
         return False, f"STOPPED after its {seconds:.0f} s; what it measured until then is in its file"
     return code == 0, text or f"FAILED with exit code {code}, see above"
@@ -475,9 +475,9 @@ def main(argv: list[str] | None = None) -> None:
             text = PARTS[args.one](args, write)
         except Exception as error:
             traceback.print_exc()
-            Path(args.table).write_text(f"FAILED: {error}\n")
+            Path(args.table).write_text(f"FAILED: {error}\n", encoding="utf-8")
             sys.exit(1)
-        Path(args.table).write_text(text + "\n")
+        Path(args.table).write_text(text + "\n", encoding="utf-8")
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU: --device cpu --small tries every line without one")

@@ -83,7 +83,8 @@ def without_times(lines: list[dict]) -> list[dict]:
 def read_log(run_dir: Path) -> list[dict]:
     """log.jsonl without the times; every line must be whole."""
     path = run_dir / "log.jsonl"
-    return without_times([json.loads(line) for line in path.read_text().splitlines()]) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return without_times([json.loads(line) for line in lines])
 
 
 def read_result(run_dir: Path) -> dict:

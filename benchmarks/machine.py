@@ -26,7 +26,8 @@ def machine_name(device: str | torch.device = "cpu") -> str:
     if torch.device(device).type == "cuda":
         return sanitised(torch.cuda.get_device_name(device))
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.M) if cpuinfo.is_file() else None
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.M)
     name = found[1] if found else f"{platform.system()} {platform.machine()}"
     return sanitised(f"{name} {torch.get_num_threads()} threads")
 

@@ -101,12 +101,12 @@ def real_epochs(job: Job, images: Path, epochs: int = 2) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir, printed = Path(folder) / "run", Path(folder) / "printed.txt"
         try:
-            with open(printed, "w") as file, contextlib.redirect_stdout(file):
+            with open(printed, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
                 train.main([*words, "--run-dir", str(run_dir)])
         except Exception as error:
-            error.add_note(printed.read_text()[-2000:])
+            error.add_note(printed.read_text(encoding="utf-8")[-2000:])
             raise
-        return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 class Step(NamedTuple):
@@ -181,4 +181,4 @@ def peak_memory(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if not status.is_file():  # no Linux
         return 0.0
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 2**10

@@ -233,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     facts = {
         "command": f"python benchmarks/training.py {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
         "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "amx_bf16": cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text(),  # a CPU's matrix unit for bfloat16
+        # a CPU's matrix unit for bfloat16
+        "amx_bf16": cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text(encoding="utf-8"),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         most = max(job.steps * job.batch_size for job in jobs)

@@ -143,7 +143,7 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as lines:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         if hasattr(os, "sysconf"):
@@ -158,7 +158,7 @@ def _room_in_control_groups(proc: Path = Path("/proc"), root: Path = Path("/sys/
     Version 2: memory.max and memory.current; version 1: memory/memory.limit_in_bytes and memory.usage_in_bytes.
     """
     try:
-        lines = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+        lines = [line.split(":", 2) for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return []
     rooms = []
@@ -170,9 +170,9 @@ def _room_in_control_groups(proc: Path = Path("/proc"), root: Path = Path("/sys/
         group = top / name.lstrip("/")
         for place in (group, *group.parents[: len(group.parts) - len(top.parts)]):  # an outer limit holds, too
             try:
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                stat = dict(line.split() for line in (place / "memory.stat").read_text(encoding="utf-8").splitlines())
                 cached = int(stat["total_inactive_file" if controllers else "inactive_file"])
-                most, used = (int((place / f"memory.{what}").read_text()) for what in (limit, usage))
+                most, used = (int((place / f"memory.{what}").read_text(encoding="utf-8")) for what in (limit, usage))
             except (OSError, ValueError, KeyError):  # no limit ("max"), or no such group in this container
                 continue
             rooms.append(most - used + cached)
