@@ -4,7 +4,7 @@
     python train.py --loss arcface --dataset market
     python train.py --loss softmax+triplet --dataset market --amp --loss-args triplet.margin=None
     python train.py --resume --run-dir runs/market_arcface_s0
-    torchrun --standalone --nproc_per_node=4 train.py --loss arcface --dataset market      # four GPUs share a batch
+    torchrun --standalone --nproc_per_node=4 -- train.py --loss arcface --dataset market     # four GPUs share a batch
 
 The run folder (default runs/DATASET_LOSS_sSEED) gets args.json, log.jsonl (a line per epoch), last.pt and result.json.
 """
@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if run_dir.exists() and not resume:
         raise UserError(f"{run_dir} exists: go on with it (--resume), name another (--run-dir), or remove it")
+    distributed.check_same(f"what --resume finds in {run_dir}", resumed)
+    distributed.check_same("the set of flags", {key: args[key] for key in args.keys() - {*FREE, "explicit"}})
     if (run_dir / "result.json").is_file():
         print(metrics_table(load_json(run_dir / "result.json", METRICS), f"{run_dir.name} (finished)"))
         return
@@ -122,8 +124,6 @@ def main(argv: list[str] | None = None) -> None:
     if args["sync_bn"] and device.type != "cuda":
         raise UserError("--sync-bn works on GPUs only: leave it out")
     check_writable(run_dir)
-    distributed.check_same(f"what --resume finds in {run_dir}", resumed)
-    distributed.check_same("the set of flags", {key: args[key] for key in args.keys() - {*FREE, "explicit"}})
     writes = distributed.rank() == 0
     board = open_board(run_dir / "tensorboard") if args["tensorboard"] and writes else lambda line: None
     set_backends(args["deterministic"], args["tf32"])

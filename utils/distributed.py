@@ -1,6 +1,6 @@
 """Several processes, begun by torchrun, share every batch and every test set; for one process nothing happens here.
 
-    torchrun --standalone --nproc_per_node=4 train.py --loss arcface --dataset market
+    torchrun --standalone --nproc_per_node=4 -- train.py --loss arcface --dataset market
 
 PyTorch's own engine: torch.distributed (gloo for what lies on a CPU, nccl on GPUs) and DistributedDataParallel. Each
 process embeds its rows of the global batch, `gather` hands all embeddings to every process, and each of them computes
@@ -12,6 +12,7 @@ times the loss's. The loss's own parameters have the same gradient in every proc
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -164,7 +165,8 @@ def parallel(module: nn.Module) -> nn.Module:
     """The module, its gradients the mean over the processes; without parameters the module itself."""
     if world_size() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer versions have two words for it
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def apart(module: nn.Module) -> AbstractContextManager:
