@@ -218,7 +218,7 @@ class Memory:
 
 def load_libraries(arrays: list, ways: list[str]) -> dict[str, str]:
     """Calls each way on a few rows, so that none loads or starts anything later; what is missing, by way."""
-    small = [torch.as_tensor(np.array(x[:n])) for x, n in zip(arrays, (64, 64, 64, 512, 512, 512), strict=True)]
+    small = [torch.as_tensor(x[:n] * 1) for x, n in zip(arrays, (64, 64, 64, 512, 512, 512), strict=True)]
     small[1][:], small[4][:], small[2][:], small[5][:] = 1, 1, 1, 2  # one person, two cameras
     missing = {}
     for way in ways:

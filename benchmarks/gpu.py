@@ -50,7 +50,6 @@ from benchmarks.losses import one_step  # noqa: E402
 from benchmarks.losses import peak_mib as peak_of  # noqa: E402
 from benchmarks.machine import RESULTS, machine_name, milliseconds, synchronize, write_result  # noqa: E402
 from data.images import default_workers  # noqa: E402
-from data.market1501 import market1501  # noqa: E402
 from data.synthetic import generate  # noqa: E402
 from losses import LOSSES, ROWS, build_loss  # noqa: E402
 from utils.ranking import average, rank_metrics, rank_queries_from_distance  # noqa: E402
@@ -177,11 +176,10 @@ def evaluator(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def pedestrians(args: argparse.Namespace, folder: Path) -> Path:
-    """Generated training images for about 100 steps in Market's layout, and 8 people in test."""
+def pedestrians(args: argparse.Namespace, folder: Path) -> tuple[Path, list]:
+    """Generated training images for about 100 steps in Market's layout, and 8 people in test: folder, train records."""
     source = generate(args.data_dir or folder, num_ids=6 if args.small else 400)
-    steps.small_set(source, folder / "part", test_people=8)
-    return folder / "part"
+    return folder / "part", steps.small_set(source, folder / "part", 40 if args.small else None, test_people=8)
 
 
 def archs_of(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
@@ -191,8 +189,7 @@ def archs_of(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
 def decoding(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
     device, rows = torch.device(args.device), []
     with tempfile.TemporaryDirectory() as folder:
-        records = market1501(pedestrians(args, Path(folder)), check_counts=False).train
-        paths = [record.path for record in records[:2000]]
+        paths = [record.path for record in pedestrians(args, Path(folder))[1][:2000]]
         for H, W in archs_of(args).values():
             for threads in steps.THREADS:
                 speeds = [steps.decoding_speed(paths, (H, W), threads, device) for _ in range(3)]
@@ -202,7 +199,7 @@ def decoding(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
     return tabulate([list(row.values()) for row in rows], ["height", "width", "threads", "images/s", "min", "max"])
 
 
-def training_row(job: steps.Job, images: Path) -> dict:
+def training_row(job: steps.Job, images: Path, records: list) -> dict:
     """Real epochs, and beside them the bare loop and its stages."""
     device = torch.device(job.device)
     torch.compiler.reset()  # as in a new process
@@ -220,13 +217,12 @@ def training_row(job: steps.Job, images: Path) -> dict:
     }
     if job.cache == "off":
         return row
-    records = market1501(images, check_counts=False).train
     step = steps.bare_step(job, 1 + max(record.label for record in records))
-    steps.bare_loop(step, 5, device)  # the warm-up
+    steps.bare_loop(step, min(5, job.steps), device)  # the warm-up
     bare = job.steps * job.batch_size / steps.bare_loop(step, job.steps, device)
     stages = {"data": steps.data_stage([record.path for record in records], job), **step.stages}
     return {**row, "bare_images_per_second": round(bare, 1), "share_of_bare_loop": row["images_per_second"] / bare,
-            "stages_ms": steps.stage_times(stages, 20, device), **steps.checkpoint_cost(step)}  # fmt: skip
+            "stages_ms": steps.stage_times(stages, min(20, job.steps), device), **steps.checkpoint_cost(step)}  # fmt: skip
 
 
 def training(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
@@ -236,15 +232,16 @@ def training(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
     ways = [(precision, False, "auto") for precision in reversed(steps.PRECISIONS)]
     ways += [("bfloat16", False, "off")] + ([] if args.small else [("bfloat16", True, "auto")])
     with tempfile.TemporaryDirectory() as folder:
-        images, p = pedestrians(args, Path(folder)), 2 if args.small else 16
-        num_steps = len(market1501(images, check_counts=False).train) // (p * steps.K)
+        images, records = pedestrians(args, Path(folder))
+        p = 2 if args.small else 16
+        num_steps = len(records) // (p * steps.K)
         say(f"{num_steps} steps an epoch")
         for (precision, compiled, cache), arch in [(way, arch) for way in ways for arch in archs]:
             repeats = 1 if args.small or cache == "off" else 2
             job = steps.Job(arch, *archs[arch], precision, compiled, args.device, p, num_steps, repeats, args.workers,
                             cache)  # fmt: skip
             try:
-                row = training_row(job, images)
+                row = training_row(job, images, records)
             except (Exception, SystemExit):  # a wrong flag ends in SystemExit
                 failed.append(str(job))
                 print(f"{job} failed:\n{traceback.format_exc()[-1500:]}", flush=True)
@@ -337,7 +334,7 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
     """
     arch = "resnet18" if args.small else args.comparison_arch
     H, W = (64, 32) if args.small else (256, 128) if arch == "resnet50" else (128, 64)
-    num_ids, thirds = 20 if args.small else 751, [str(math.ceil(epochs * part / 3)) for part in (1, 2)]
+    num_ids, thirds = 6 if args.small else 751, [str(math.ceil(epochs * part / 3)) for part in (1, 2)]
     flags = {"dataset": "synthetic", "synthetic-ids": num_ids, "data-dir": data_dir, "arch": arch, "weights": "none",
              "height": H, "width": W, "epochs": epochs, "workers": 2, "device": args.device}  # fmt: skip
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
@@ -384,7 +381,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data_dir = args.data_dir or folder / "datasets"
-        generate(data_dir, num_ids=20 if args.small else 751)
+        generate(data_dir, num_ids=6 if args.small else 751)
         say("the pedestrians are drawn")
         if not epochs:  # how many fit, for one seed: from a short wave
             (folder / "short").mkdir()
