@@ -30,10 +30,13 @@ import train
 from benchmarks.kill import differences, finished_epochs, kill_at
 from benchmarks.machine import write_result
 from data.images import BadImage, decode
+from losses import LOSSES
 from models.backbone import build_model
 from utils.checkpoint import check_fit, load_checkpoint, load_log, locked, save_checkpoint, save_log
+from utils.errors import UserError
 from utils.features import Features, load_features, save_features
 from utils.files import load_json, save_json, write_atomically
+from utils.flags import DEFAULTS, FREE, SCORING, resumed_run
 from utils.results import BEGIN, END, update
 
 pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # the tiny set has other counts, and says so
@@ -121,18 +124,20 @@ def whole(tiny_market, tmp_path_factory):
 
 
 def test_killed_three_times_and_resumed(whole, tmp_path, monkeypatch):
-    """SIGKILL in a step, while a checkpoint is written, in the last scoring; other threads and cache each time."""
-    folder, run_dir, flags = tmp_path / "whole", tmp_path / "run", whole[1]
-    monkeypatch.setattr(train, "build_model", build_model)  # the real one
+    """SIGKILL after a line of the log (the checkpoint is being written), after a checkpoint (in a step), and in the
+    last scoring; other threads and cache each time. The network is the real one."""
+    folder, run_dir = tmp_path / "whole", tmp_path / "run"
+    monkeypatch.setattr(train, "build_model", build_model)
+    flags = [*whole[1], "--epochs", 8]
     run(*flags, "--run-dir", folder)
     flags = [*flags, "--run-dir", run_dir]
-    first = kill_at([*flags, "--cache", "off"], run_dir, "step", 5, 0)
-    assert first["died_in"] == "step" and first["epochs_in_checkpoint"] == 1
-    second = kill_at([*flags, "--resume", "--workers", 3], run_dir, "checkpoint", 1, 0.01)
-    assert second["epochs_in_checkpoint"] in (1, 2)  # the new one if it was written within 10 ms
-    left = 3 - second["epochs_in_checkpoint"]
-    third = kill_at([*flags, "--resume", "--workers", 0], run_dir, "scoring", left, 0)
-    assert third["died_in"] == "scoring" and third["epochs_in_checkpoint"] == 3 and not third["has_result"]
+    first = kill_at([*flags, "--cache", "off"], run_dir, 2, saved=False, delay=0)
+    assert first["epochs_logged"] >= 2 and not first["has_result"]
+    kept = first["epochs_kept"]
+    second = kill_at([*flags, "--resume", "--workers", 3], run_dir, kept + 1, saved=True, delay=0.005)
+    assert second["epochs_kept"] >= kept + 1
+    third = kill_at([*flags, "--resume", "--workers", 0], run_dir, 8, saved=True, delay=0)
+    assert third["epochs_kept"] == 8
     run(*flags, "--resume")
     assert differences(folder, run_dir) == []
 
@@ -215,7 +220,7 @@ def send_at(monkeypatch, name, call, number=signal.SIGTERM):
     "name, call, goes_on, kept",
     [
         ("save_log", 1, "from epoch 2", 1),  # the checkpoint is still written
-        ("embed_split", 2, "from epoch 3", 2),  # scoring after epoch 2: it ends, the epoch is kept
+        ("score_all", 2, "from epoch 3", 2),  # scoring after epoch 2: it ends, the epoch is kept
         ("save_checkpoint", 3, "with the scoring", 3),
     ],
 )
@@ -233,6 +238,46 @@ def test_a_signal_ends_the_run_with_a_sentence(whole, tmp_path, monkeypatch, cap
     if number == signal.SIGTERM:
         run("--resume", "--run-dir", run_dir)
         assert differences(folder, run_dir) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_the_last_step_and_the_scoring(whole, tmp_path, monkeypatch, capsys, number):
+    """In the instant in which the handlers are changed: it is not lost."""
+    folder, flags = whole
+    run_dir, set_handler = tmp_path / "run", signal.signal
+
+    def late(which, handler):
+        if handler is train.interrupt and which == number:
+            os.kill(os.getpid(), number)
+        return set_handler(which, handler)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train.signal, "signal", late)
+        run(*flags, "--run-dir", run_dir)
+    assert stopped.value.code == 128 + number and not (run_dir / "result.json").exists()
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"--resume --run-dir {run_dir} goes on with the scoring")
+    run("--resume", "--run-dir", run_dir)
+    assert differences(folder, run_dir) == []
+
+
+def test_a_signal_or_a_kill_loses_what_was_not_saved(whole, tmp_path, monkeypatch, capsys):
+    """With an hour between two saves: a signal within epoch 2 goes on from the beginning; one after an epoch saves."""
+    folder, flags = whole
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        send_at(patch, "backward_step", 5)
+        run(*flags, "--save-every", 3600, "--run-dir", run_dir)
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert sentence == f"stopped by SIGTERM: --resume --run-dir {run_dir} goes on from epoch 1"
+    assert finished_epochs(run_dir) == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        send_at(patch, "save_log", 2)
+        run("--resume", "--run-dir", run_dir)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("goes on from epoch 3")
+    run("--resume", "--run-dir", run_dir, "--save-every", 0)
+    assert "going on after epoch 2 of 3" in capsys.readouterr().out
+    assert contents(folder)["log.jsonl"].count(b"\n") == contents(run_dir)["log.jsonl"].count(b"\n") == 3
+    assert [name for name in differences(folder, run_dir) if name.startswith("last.pt:")] == []
 
 
 def test_a_signal_before_the_first_step_and_in_the_last_scoring(whole, tmp_path, monkeypatch):
@@ -321,7 +366,7 @@ def test_a_run_folder_that_cannot_be_made(whole, tmp_path, monkeypatch):
     """Said before the images are decoded."""
     _, flags = whole
     (tmp_path / "file").write_text("older")
-    monkeypatch.setattr(train, "load_dataset", None)  # never reached
+    monkeypatch.setattr(train, "load_datasets", None)  # never reached
     for place in (tmp_path / "file" / "run", tmp_path / "file" / "deeper" / "run"):
         with pytest.raises(ValueError, match=f"since {tmp_path / 'file'} is a file"):
             run(*flags, "--run-dir", place)
@@ -335,9 +380,7 @@ def test_a_run_folder_that_cannot_be_made(whole, tmp_path, monkeypatch):
 
 def test_a_run_folder_that_vanishes_while_training(whole, tmp_path, monkeypatch):
     _, flags = whole
-    monkeypatch.setattr(evaluate, "embed", lambda *_, **__: shutil.rmtree(tmp_path / "run"))
-    monkeypatch.setattr(train, "score", lambda *_: {})
-    monkeypatch.setattr(train, "embed_split", lambda *_, **__: evaluate.embed())
+    monkeypatch.setattr(train, "score_all", lambda *_, **__: shutil.rmtree(tmp_path / "run") or {})
     with pytest.raises(OSError, match=r"log.jsonl could not be written \(No such file or directory\)"):
         run(*flags, "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -356,15 +399,15 @@ def test_two_processes_begin_in_one_folder_at_once(whole, tmp_path, monkeypatch)
     """Both found no folder; the second one, after decoding, leaves the first one's run alone."""
     folder, flags = whole
     run_dir = tmp_path / "run"
-    load, calls = train.load_dataset, []
+    load, calls = train.load_datasets, []
 
-    def overtaken(*args):
+    def overtaken(*args, **settings):
         if not calls:
             calls.append(1)
             run(*flags, "--run-dir", run_dir)
-        return load(*args)
+        return load(*args, **settings)
 
-    monkeypatch.setattr(train, "load_dataset", overtaken)
+    monkeypatch.setattr(train, "load_datasets", overtaken)
     with pytest.raises(ValueError, match="was begun by another process meanwhile"):
         run(*flags, "--run-dir", run_dir)
     assert differences(folder, run_dir) == []
@@ -635,6 +678,60 @@ def half_way(whole, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
+def edit_args(run_dir, change):
+    """Changes args.json and the copy of the flags in last.pt alike."""
+    args = change(load_json(run_dir / "args.json"))
+    save_json(run_dir / "args.json", args)
+    checkpoint = load_checkpoint(run_dir / "last.pt")
+    save_checkpoint(run_dir / "last.pt", {**checkpoint, "args": json.dumps(args)})
+
+
+def test_flags_that_an_older_run_lacks_take_their_defaults(half_way, whole):
+    """Those that came later: the run goes on, and is scored, as if they had been there."""
+    later = ("tf32", "deterministic", "compile", "synthetic_seed", "split_seed", "save_every", "metric", "eval_on")
+    assert {*later} <= DEFAULTS.keys()
+    edit_args(half_way, lambda args: {key: value for key, value in args.items() if key not in later})
+    model, args = evaluate.load_run(half_way, torch.device("cpu"))
+    assert all(args[key] == DEFAULTS[key] for key in later) and not model.training
+    run("--resume", "--run-dir", half_way)
+    evaluate.main(["--run", str(half_way), "--device", "cpu"])
+    assert [name for name in differences(whole[0], half_way) if name.startswith("last.pt:")] == []
+
+
+def test_what_a_resumed_run_may_change(half_way, whole, tiny_market, tmp_path):
+    """Where the data lie, workers, cache, device, how often it is scored and saved, and how it is scored."""
+    moved = shutil.copytree(tiny_market, tmp_path / "elsewhere")
+    changed = {"data_dir": str(moved), "workers": 3, "cache": "off", "device": "cpu", "eval_every": 2,
+               "save_every": 9.0, "metric": "euclidean", "ignore_cameras": True}  # fmt: skip
+    assert changed.keys() <= {*FREE, *SCORING}
+    flags = [word for key, value in changed.items() for word in
+             (f"--{key.replace('_', '-')}", *([] if value is True else [value]))]  # fmt: skip
+    run("--resume", "--run-dir", half_way, *flags)
+    result = load_json(half_way / "result.json")
+    assert {key: result["args"][key] for key in changed} == changed
+    assert [name for name in differences(whole[0], half_way) if name.startswith("last.pt:")] == []
+    before = load_json(whole[0] / "result.json")
+    assert result["mAP"] != before["mAP"] and result["log"][0]["mAP"] == before["log"][0]["mAP"]
+
+
+@pytest.mark.parametrize("key", [key for key in DEFAULTS if key not in (*FREE, *SCORING)])
+def test_what_a_resumed_run_may_not_change(half_way, key):
+    """Everything else: said with the value before. The value that it began with may be typed again."""
+    before = load_json(half_way / "args.json")
+    value = before["explicit"].get(key, before[key])
+    assert resumed_run(half_way, {key: value})[key] == before[key]
+    with pytest.raises(ValueError, match=f"began with --{key.replace('_', '-')} .*, not other: leave it out"):
+        resumed_run(half_way, {key: "other"})
+
+
+def test_another_device_is_said(half_way, capsys):
+    """As it would be on a GPU: the run began elsewhere."""
+    edit_args(half_way, lambda args: args | {"environment": {**args["environment"], "device": "cuda (a card)"}})
+    run("--resume", "--run-dir", half_way, "--device", "cpu")
+    out = capsys.readouterr().out
+    assert "began with device cuda (a card) and goes on with device cpu" in out and "not bit for bit" in out
+
+
 def refused(run_dir):
     """The sentence with which --resume refuses last.pt; nothing in the folder may change."""
     before = contents(run_dir)
@@ -736,13 +833,15 @@ def test_a_checkpoint_that_is_not_the_runs_own_is_refused(half_way, edit, senten
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("[]", "does not hold a JSON object"),
-        ("{}", "was not written by this version of train.py: it lacks amp, arch"),
+        ("{}", "was not written by this version of train.py: it lacks dataset, environment"),
         (b"\xff\xfe", "is not valid JSON"),
     ],
 )
 def test_broken_flags_of_a_run(half_way, content, sentence):
     (half_way / "args.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert sentence in refused(half_way)
+    before = contents(half_way)
+    code, error = script("train.py", "--resume", "--run-dir", half_way)
+    assert code == 2 and sentence in error.splitlines()[-1] and contents(half_way) == before
     with pytest.raises(ValueError, match="args.json is not valid|does not hold|was not written by"):
         evaluate.main(["--run", str(half_way)])
 
@@ -763,7 +862,7 @@ def test_a_result_without_metrics_and_a_folder_that_is_no_run(whole, tmp_path):
     folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
     save_json(folder / "result.json", {"mAP": 0.5})
     assert "result.json was not written by this version" in refused(folder)
-    with pytest.raises(FileNotFoundError, match="is not a run folder: it has no args.json"):
+    with pytest.raises(ValueError, match="is not a run folder: it has no args.json"):
         evaluate.main(["--run", str(tmp_path)])
     (folder / "last.pt").unlink()
     with pytest.raises(FileNotFoundError, match="last.pt: no such checkpoint"):
@@ -812,8 +911,8 @@ def test_a_fit_is_checked_before_anything_changes():
 @pytest.mark.parametrize("amp", [[], ["--amp"]])
 @pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_with_epoch_and_step(whole, tmp_path, monkeypatch, what, step, amp):
-    """In the second epoch, also in its last step, of which no later loss would tell. The first epoch's state stays."""
+def test_a_number_that_is_not_finite_stops_and_the_epoch_before_is_kept(whole, tmp_path, monkeypatch, what, step, amp):
+    """In the second epoch. A gradient of its last step is told by no later loss, but by the weights before a save."""
     build = train.build_loss
 
     def build_failing(*args):
@@ -831,9 +930,13 @@ def test_a_number_that_is_not_finite_stops_with_epoch_and_step(whole, tmp_path, 
         return loss_fn
 
     monkeypatch.setattr(train, "build_loss", build_failing)
-    with pytest.raises(FloatingPointError, match=f"not finite at epoch 2, step {step}: try a smaller --lr") as caught:
-        run(*whole[1], "--run-dir", tmp_path / "run", *amp)
-    assert "keeps the state after epoch 1" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    with pytest.raises(FloatingPointError) as caught:
+        run(*replaced(whole[1], "--eval-every", 0), "--run-dir", tmp_path / "run", *amp)
+    if what == "gradient" and step == 3:
+        assert str(caught.value) == "the weights are not finite after epoch 2: they were not saved"
+    else:
+        assert "the loss is not finite at epoch 2, step 1 to 3: try a smaller --lr" in str(caught.value)
+        assert "keeps the state after epoch 1" in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert finished_epochs(tmp_path / "run") == 1
     assert sorted(contents(tmp_path / "run")) == ["args.json", "last.pt", "log.jsonl"]
 
@@ -866,23 +969,25 @@ def test_workers_cache_and_threads_change_no_batch(whole, tmp_path, monkeypatch)
             assert differences(folder, tmp_path / f"run{number}") == []
 
 
-def test_deterministic(whole, tmp_path, monkeypatch):
-    """The flag switches torch's own guard on, which refuses every operation whose bits may vary, for the whole run."""
-    on = []
-    save = train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda *a: (on.append(torch.are_deterministic_algorithms_enabled()),
-                                                              save(*a)))  # fmt: skip
-    benchmark = torch.backends.cudnn.benchmark
+@pytest.mark.parametrize("flag", [[], ["--deterministic"]])
+def test_deterministic(whole, tmp_path, monkeypatch, flag):
+    """The flag switches torch's own guard on, which refuses every operation whose bits may vary, for the whole run; and
+    only the flag does."""
+    seen, step = [], train.backward_step
+
+    def look(*args, **settings):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        return step(*args, **settings)
+
+    monkeypatch.setattr(train, "backward_step", look)
+    before = torch.backends.cudnn.benchmark
     try:
-        for name in "ab":
-            run(*whole[1], "--deterministic", "--run-dir", tmp_path / name)
-        assert on == [True] * 6 and not torch.backends.cudnn.benchmark
-        assert differences(tmp_path / "a", tmp_path / "b") == []
-        run(*whole[1], "--epochs", 0, "--run-dir", tmp_path / "c")
-        assert on[-1] is False
+        torch.use_deterministic_algorithms(not flag)
+        run(*whole[1], *flag, "--run-dir", tmp_path / "run")
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.benchmark = before
+    assert seen == [(bool(flag), not flag)] * 9
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "cuda:-1", "meta", "hpu", "mps:3", "cpu:x"])
@@ -907,6 +1012,70 @@ def test_out_of_memory_on_the_device_is_one_sentence(whole, tmp_path, monkeypatc
     monkeypatch.setattr("data.images.stream_images", full)
     code, error = script("evaluate.py", "--run", whole[0], "--device", "cpu")
     assert code == 1 and error.splitlines()[-1].startswith("evaluate.py: out of memory on the device")
+
+
+def test_less_memory_for_the_ranking_halves_its_blocks(whole, monkeypatch, capsys):
+    """Said each time, down to blocks of 64; the numbers stay the same, and where even these are too large it ends."""
+    name = next(name for name in ("rank_queries", "rank_metrics") if hasattr(evaluate, name))
+    rank, asked = getattr(evaluate, name), []
+
+    def short_of_memory(*args, gallery_block=None, **settings):
+        asked.append(gallery_block)
+        if (gallery_block or 8192) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return rank(*args, gallery_block=gallery_block, **settings)
+
+    monkeypatch.setattr(evaluate, name, short_of_memory)
+    limit = 1024
+    evaluate.main(["--run", str(whole[0]), "--device", "cpu"])
+    assert asked == [None, 4096, 2048, 1024]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("out of memory")]
+    assert said == [f"out of memory: ranking again by blocks of {n} gallery images" for n in asked[1:]]
+    found, result = (load_json(whole[0] / f"{name}.json") for name in ("evaluation_market_cosine", "result"))
+    (whole[0] / "evaluation_market_cosine.json").unlink()
+    assert all(found[key] == result[key] for key in evaluate.METRICS)
+    asked.clear()
+    limit = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.main(["--run", str(whole[0]), "--device", "cpu"])
+    assert asked == [None, 4096, 2048, 1024, 512, 256, 128, 64]
+
+
+# -------------------------------------------------------------------------------------------- faults of the user's code
+
+
+def loss_that(raises):
+    """A loss as someone may write it, with a fault in it."""
+
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+
+        def forward(self, embeddings, labels):
+            raises(embeddings)
+
+    return Mine
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (lambda embeddings: int("mine"), "invalid literal for int"),
+        (lambda embeddings: embeddings.view(-1, 7), "is invalid for input of size"),
+        (lambda embeddings: torch.distributions.Normal(0.0, torch.tensor(-1.0)), "Expected parameter scale"),
+    ],
+    ids=["its own", "torch's", "torch's ValueError"],
+)
+def test_a_fault_in_ones_own_loss_keeps_its_traceback(whole, tmp_path, monkeypatch, fault, words):
+    """One line without a place would be of no help; a user's wrong flag is one line."""
+    monkeypatch.setitem(LOSSES, "mine", loss_that(fault))
+    flags = replaced(whole[1], "--loss", "mine")
+    with pytest.raises((ValueError, RuntimeError), match=words) as caught:
+        script("train.py", *flags, "--run-dir", tmp_path / "run")
+    assert not isinstance(caught.value, UserError)
+    assert any("test_faults.py" in str(entry.path) for entry in caught.traceback[2:])
+    code, error = script("train.py", *flags, "--run-dir", tmp_path / "other", "--p", 4, "--loss-args", "a=1")
+    assert code == 2 and "mine: no arguments" in error.splitlines()[-1]
 
 
 def test_json_has_no_nan(tmp_path):
