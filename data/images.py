@@ -59,9 +59,9 @@ def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
 
 
 def default_workers() -> int:
-    """Threads that decode, unless a flag says otherwise: this process's share of the cores, at most 16."""
+    """Threads that decode, unless a flag says otherwise: the cores this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(cores // local_world_size(), 16), 1)  # Python's own lock holds back more
+    return min(cores, 16)  # Python's own lock holds back more
 
 
 def decode_batches(
