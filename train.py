@@ -164,8 +164,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{count} processes can't share a batch of {batch_size} images equally: other --p, --k, "
                         "--batch-size, or number of processes")  # fmt: skip
     rows = distributed.share(batch_size)  # of a batch, for this process
-    if args["micro_batches"] > (count := batch_size // count):
-        raise UserError(f"--micro-batches {args['micro_batches']} is more than the {count} images of a process's batch")
+    if batch_size // count // args["micro_batches"] < 2:
+        raise UserError(f"of {batch_size} images {count} processes with {args['micro_batches']} --micro-batches would "
+                        "see fewer than 2 at a time (batch normalisation): larger batches or fewer parts")  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------- model and loss
     if not resumed:

@@ -103,14 +103,16 @@ def setting(args: dict) -> str:
 
 def commands(runs: list[dict], jobs: int, python: str) -> list[str]:
     """The commands of the runs; several at a time are bound to the GPUs by turns, or to a share of the cores."""
-    lines, gpus = [], torch.cuda.device_count()
+    lines, gpus = [], [str(number) for number in range(torch.cuda.device_count())]
+    if gpus and os.environ.get("CUDA_VISIBLE_DEVICES"):  # a batch system's share of the machine
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
     for i, args in enumerate(runs):
         first = {"loss": args["explicit"]["loss"], "dataset": args["dataset"]}
         flags = {**first, **args["explicit"]}
         line = f"{shlex.quote(python)} train.py {command_line(flags)}"
         line += " --resume" if (Path("runs") / run_name(args)).exists() else ""
-        if jobs > 1 and gpus > 1:
-            line = f"CUDA_VISIBLE_DEVICES={i % gpus} {line}"
+        if jobs > 1 and len(gpus) > 1:
+            line = f"CUDA_VISIBLE_DEVICES={gpus[i % len(gpus)]} {line}"
         if jobs > 1 and not gpus:
             line = f"OMP_NUM_THREADS={max(torch.get_num_threads() // jobs, 1)} {line}"
         lines.append(line)

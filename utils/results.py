@@ -156,6 +156,8 @@ def describe(args: dict) -> str:
     words += [{"none": "from scratch", "imagenet": "ImageNet weights"}.get(args["weights"], args["weights"])]
     words += [f"{args['height']}x{args['width']}", f"{args['epochs']} epochs"]
     words += ["bfloat16"] if args["amp"] else []
+    processes = args.get("environment", {}).get("processes", 1)  # each with batch-norm statistics of its own
+    words += [f"{processes} processes"] if processes > 1 else []
     said = {"synthetic_ids", "eval_on", "arch", "weights", "height", "width", "epochs", "amp"}
     words += [command_line({key: own[key]}) for key in own if key not in said]
     return ", ".join(words)
