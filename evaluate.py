@@ -88,8 +88,8 @@ def score(features: Features, metric: str = "cosine", ignore_cameras: bool = Fal
     query_camids, gallery_camids = features.query_camids, features.gallery_camids
     if not ignore_cameras and (query_camids is None or gallery_camids is None):
         raise ValueError(
-            "The features hold no cameras: add query_camids and gallery_camids, or query_paths and gallery_paths and pass "
-            "--ignore-cameras."
+            "The features hold no cameras: add query_camids and gallery_camids, or query_paths and gallery_paths and "
+            "pass --ignore-cameras."
         )
     if ignore_cameras or min(query_camids.min(), gallery_camids.min()) < 0:
         query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
