@@ -96,7 +96,10 @@ def cameras(features: Features, ignore: bool = False) -> tuple:
     so that only the query image itself is dropped."""
     query_camids, gallery_camids = features.query_camids, features.gallery_camids
     if not ignore and (query_camids is None or gallery_camids is None):
-        raise ValueError("The features hold no cameras: add query_camids and gallery_camids, or pass --ignore-cameras.")
+        raise ValueError(
+            "The features hold no cameras: add query_camids and gallery_camids, or query_paths and gallery_paths and "
+            "pass --ignore-cameras."
+        )
     if ignore or min(query_camids.min(), gallery_camids.min()) < 0:
         return path_cameras(features.query_paths, features.gallery_paths)
     return query_camids, gallery_camids

@@ -80,7 +80,7 @@ def test_without_cameras(tmp_path, capsys, name):
     numbers = capsys.readouterr().out.split("\n")[2].split()[1:]
     # query a: its own picture is dropped, its match c is as near as the wrong d: rank 2; query b: d ties with c: rank 2
     assert numbers[0] == "0.00" and numbers[4] == "50.00" and numbers[-1] == "2"
-    with pytest.raises(ValueError, match="hold no cameras: add query_camids and gallery_camids, or pass --ignore-cam"):
+    with pytest.raises(ValueError, match="hold no cameras: add query_camids and gallery_camids, or .* --ignore-cam"):
         evaluate.main(["--features", str(file), "--device", "cpu"])
     bare = save_features(tmp_path / f"bare{name}", without._replace(query_paths=None))
     with pytest.raises(ValueError, match="add query_paths and gallery_paths"):
