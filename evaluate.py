@@ -24,7 +24,7 @@ from data import DATASETS, add_reader_flags, check_options, load_datasets, reade
 from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
-from models import build_model
+from models import build_model, model_options
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
 from utils.environment import find_device
 from utils.errors import UserError, user_input
@@ -48,9 +48,13 @@ def embed(
     device: torch.device,
     amp: bool = False,
     workers: int = 4,
+    flip_test: bool = False,
     description: str = "embedding",
 ) -> Tensor:
-    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept."""
+    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept.
+
+    flip_test: an image's embedding is the mean of its own and its mirror image's.
+    """
     was_training = model.training
     model.eval()
     batch_size = BATCH_SIZE if device.type == "cpu" else BATCH_SIZE_GPU
@@ -62,7 +66,10 @@ def embed(
             if device.type != "cpu" and count < batch_size:  # one shape: cuDNN tunes once
                 images = F.pad(images, (0, 0) * 3 + (0, batch_size - count))
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                embeddings.append(model(images)[:count].float())  # (B, D)
+                batch = model(images).float()  # (B, D)
+                if flip_test:
+                    batch = (batch + model(images.flip(3)).float()) / 2
+            embeddings.append(batch[:count])
             bar.update(count)
     model.train(was_training)
     return torch.cat(embeddings)
@@ -129,9 +136,9 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
         raise UserError(f"{run_dir} is not a run folder: it has no args.json")
     args = load_args(run_dir)
     checkpoint = load_checkpoint(run_dir / "last.pt")
-    check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "height", "width", "seed"))
+    check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "seed", *model_options(args)))
     with user_input():
-        model = build_model(args["arch"], "none")
+        model = build_model(args["arch"], "none", **model_options(args))
     check_fit(run_dir / "last.pt", "model", checkpoint["model"], model.state_dict())
     model.load_state_dict(checkpoint["model"])
     if checkpoint["epoch"] < args["epochs"]:
@@ -154,6 +161,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ignore-cameras", action="store_true", help="drop only the query image itself, not its whole camera"
     )
+    parser.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=None,
+                        help="mean of an image's and its mirror image's embedding (default: the run's)")  # fmt: skip
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=number(int, zero=True), default=DEFAULTS["workers"],
@@ -162,8 +171,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
         parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")
     options = [key for key in vars(args) if key in reader_options()]
-    if args.features and (args.dataset or args.data_dir or args.save_features or options):
-        parser.error("--features needs no images: leave --dataset, --data-dir and --save-features out")
+    if args.features and (args.dataset or args.data_dir or args.save_features or options or args.flip_test):
+        parser.error("--features needs no images: leave --dataset, --data-dir, --flip-test and --save-features out")
     return args
 
 
@@ -193,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     print("".join(f"{note}\n" for note in data.notes), end="")
     how = {"metric": args.metric or run["metric"], "ignore_cameras": args.ignore_cameras or run["ignore_cameras"]}
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
+    settings["flip_test"] = run["flip_test"] if args.flip_test is None else args.flip_test
     if args.save_features:
         if len(tests) > 1:
             raise UserError("--save-features takes one test set: name it with --dataset")
@@ -204,8 +214,9 @@ def main(argv: list[str] | None = None) -> None:
         metrics = score_all(model, tests, **how, **settings)
     print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
     words = [dataset, *(f"{key.replace('_', '-')}-{value}" for key, value in options.items()), how["metric"]]
-    name = f"evaluation_{'_'.join(words)}{'_ignore-cameras' if how['ignore_cameras'] else ''}.json"
-    save_json(args.run / name, {**metrics, **how})
+    how["flip_test"] = settings["flip_test"]
+    words += [key.replace("_", "-") for key in ("ignore_cameras", "flip_test") if how[key]]
+    save_json(args.run / f"evaluation_{'_'.join(words)}.json", {**metrics, **how})
 
 
 if __name__ == "__main__":

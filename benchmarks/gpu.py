@@ -47,7 +47,8 @@ from benchmarks.evaluator import SIZES, by_sort, product  # noqa: E402
 from benchmarks.losses import milliseconds as in_turns  # noqa: E402
 from benchmarks.losses import one_step, synchronize  # noqa: E402
 from benchmarks.machine import RESULTS, machine_name, write_result  # noqa: E402
-from data.images import TrainingImages, augment, default_workers, normalise  # noqa: E402
+from data.augment import flip  # noqa: E402
+from data.images import TrainingImages, default_workers, normalise  # noqa: E402
 from data.market1501 import FOLDERS, market1501  # noqa: E402
 from data.synthetic import generate  # noqa: E402
 from losses import LOSSES, ROWS, build_loss  # noqa: E402
@@ -322,7 +323,7 @@ def time_data(paths: list[Path], size: tuple[int, int], B: int, workers: int, de
     order, draws = torch.randint(len(paths), (B,)).to(place), torch.rand(B, 4).to(device)
 
     def batch() -> None:
-        normalise(augment(store.stores[0].index_select(0, order).to(device), None, draws))
+        normalise(flip(store.stores[0].index_select(0, order).to(device), draws[:, 0]))
 
     times = [milliseconds(batch, device) for _ in range(23)][3:]
     return {"decoded_images_per_second": round(len(paths) / decoding), "data": round(statistics.median(times), 3)}

@@ -51,7 +51,8 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "
 
 import train  # noqa: E402
 from benchmarks.machine import machine_name, write_result  # noqa: E402
-from data.images import MEAN, STD, TrainingImages, augment, normalise  # noqa: E402
+from data.augment import flip  # noqa: E402
+from data.images import MEAN, STD, TrainingImages, normalise  # noqa: E402
 from data.market1501 import FOLDERS, market1501  # noqa: E402
 from data.records import Record  # noqa: E402
 from data.synthetic import generate  # noqa: E402
@@ -270,7 +271,7 @@ def stages(bare: Bare, store: TrainingImages, steps: int) -> dict[str, float]:
         mark()
         raw = store.stores[0][order[step]].to(device)
         mark()
-        images = normalise(augment(raw, None, draws[step]))
+        images = normalise(flip(raw, draws[step, :, 0]))
         mark()
         with torch.autocast(device.type, torch.bfloat16, enabled=bare.amp):
             embeddings = bare.forward(images)

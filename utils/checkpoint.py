@@ -11,6 +11,7 @@ import torch
 
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
+from utils.flags import DEFAULTS
 
 
 def save_log(path: Path, log: list[dict]) -> None:
@@ -71,6 +72,7 @@ def check_same_run(path: Path, checkpoint: dict[str, Any], args: dict, keys: Ite
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a checkpoint of train.py: its args are not the flags of a run")
+    found = {**DEFAULTS, **found}  # a flag that is newer than the run
     differences = [
         f"its {key} is {found.get(key, 'missing')}, not {args[key]}"
         for key in sorted(keys)
