@@ -116,13 +116,13 @@ def build_model(
     last = max(i for i, (_, module) in enumerate(modules) if isinstance(module, nn.Linear))
     head, linear = modules[last]
     if isinstance(modules[last - 1][1], nn.Dropout):
-        network.set_submodule(modules[last - 1][0], nn.Identity())
+        replace(network, modules[last - 1][0], nn.Identity())
     network.embedding_dim = linear.in_features
     layers = {"embedding": InFloat32()}
     if neck == "bn":
         layers["neck"] = nn.BatchNorm1d(linear.in_features)
         layers["neck"].bias = None
-    network.set_submodule(head, nn.Sequential(OrderedDict(layers)))
+    replace(network, head, nn.Sequential(OrderedDict(layers)))
 
     if weights == "imagenet":
         load_state_dict(network, imagenet_state_dict(arch), head, f"torchvision's ImageNet weights of {arch}")
@@ -132,6 +132,11 @@ def build_model(
             raise FileNotFoundError(f"--weights {weights}: no such file; allowed are imagenet, none or a file")
         print(f"{path}, for {arch}: {load_state_dict(network, read_state_dict(path), head, str(path))}")
     return network
+
+
+def replace(network: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, layer)
 
 
 def model_options(args: dict) -> dict:

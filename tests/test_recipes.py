@@ -108,12 +108,14 @@ def test_published_settings():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_generated_pedestrians_need_no_flags(recipe):
     """The quick setting: a small network, small images, few epochs; elsewhere the recipe's own."""
-    quick = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5, "milestones": [4]}
+    quick = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5}
+    quick["milestones"] = [2, 3] if recipe == "tricks" else [4]
     for row in ROWS:
         args, elsewhere = (run_of(row, dataset, recipe=recipe) for dataset in ("synthetic", "market"))
         assert {key: args[key] for key in quick} == quick, row
         assert (elsewhere["arch"], elsewhere["height"], elsewhere["epochs"]) == ("resnet50", 256, 60)
-        for key in DEFAULTS.keys() - {*quick, *OWN}:
+        assert args["warmup"] == pytest.approx(elsewhere["warmup"] / 12, abs=1e-4)
+        for key in DEFAULTS.keys() - {*quick, *OWN, "warmup"}:
             assert args[key] == elsewhere[key], f"{row}: {key}"
     args = run_of(dataset="synthetic", recipe=recipe, epochs=60, arch="resnet50", width=128)
     assert (args["epochs"], args["arch"], args["width"], args["height"]) == (60, "resnet50", 128, 128)
@@ -126,7 +128,7 @@ def test_center_weights_by_data_set():
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match="unknown recipe 'mine'; known: controlled, published"):
+    with pytest.raises(ValueError, match="unknown recipe 'mine'; known: controlled, published, tricks"):
         recipe_values("mine", "softmax", "market")
 
 
@@ -194,7 +196,7 @@ def test_the_flags_that_change_no_number_stand_once():
     assert {*FREE, *SCORING} <= DEFAULTS.keys()
 
 
-# ------------------------------------------------------------------------------------------------------- show, type, name
+# ----------------------------------------------------------------------------------------------------- show, type, name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -223,9 +225,10 @@ def test_show_recipe_prints_every_argument_of_the_loss(row):
 
 def test_show_recipe_by_hand():
     assert show_flags(run_of("arcface", loss_args=["scale=30"], workers=3, amp=True)) == (
-        "--loss arcface --dataset market --loss-args arcface.scale=30 arcface.margin=0.1 --eval-on test --metric cosine "
-        "--arch resnet50 --weights imagenet --height 256 --width 128 --epochs 60 --lr 0.00035 --loss-lr 0.00035 "
-        "--weight-decay 0.0005 --milestones 20 40 --sampler pk --p 16 --k 4 --no-random-crop --amp --seed 0"
+        "--loss arcface --dataset market --loss-args arcface.scale=30 arcface.margin=0.1 --eval-on test "
+        "--metric cosine --no-flip-test --arch resnet50 --weights imagenet --height 256 --width 128 --last-stride 2 "
+        "--pool avg --neck none --epochs 60 --lr 0.00035 --loss-lr 0.00035 --weight-decay 0.0005 --milestones 20 40 "
+        "--warmup 0 --sampler pk --p 16 --k 4 --no-random-crop --pad-crop 0 --random-erasing 0 --amp --seed 0"
     )
     line, note = show_flags(run_of("sphereface")).splitlines()
     assert note == "# sphereface.lambda_gamma=398 / number of training steps" and "lambda_gamma" not in line
