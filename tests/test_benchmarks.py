@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import train
-from benchmarks import training
+from benchmarks import training, tricks
 from data.images import stream_images
 from data.market1501 import market1501
+from utils.recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # of its counts
 
@@ -104,3 +105,20 @@ def test_one_job_for_each_row():
     for wrong in (["--repeats", "0"], ["--loss", "foo"], ["--device", "abacus"]):
         with pytest.raises(SystemExit):
             training.parse_flags(wrong)
+
+
+def test_what_tricks_cost(tmp_path, capsys):
+    """The ratios are those of neighbouring turns; the file names no folder."""
+    tricks.main(["--quick", "--height", "64", "--batch-size", "8", "--steps", "1", "--repeats", "1", "--device", "cpu",
+                 "--machine", "box", "--out", str(tmp_path)])  # fmt: skip
+    result = json.loads((tmp_path / "tricks_box.json").read_text())
+    assert [row["name"] for row in result["rows"]] == list(tricks.SETTINGS) and result["rows"][0]["ratio"] == 1
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["milliseconds"] / result["rows"][0]["milliseconds"])
+    assert "all of them" in capsys.readouterr().out and str(tmp_path) not in (tmp_path / "tricks_box.json").read_text()
+
+
+def test_the_tricks_benchmark_knows_every_trick_of_the_recipe():
+    """Each alone, but for the schedule and the flip at test time, which are no part of a step."""
+    alone = {key for own in tricks.SETTINGS.values() for key in own} - {"recipe", "loss_args"}
+    assert alone == RECIPES["tricks"]["*"].keys() - {"warmup", "milestones", "flip_test"}
