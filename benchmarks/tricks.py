@@ -95,7 +95,7 @@ def seconds(loop: Callable[[], None], device: torch.device) -> float:
 
 
 def by_turns(loops: dict[str, Callable], repeats: int, per: int, device: torch.device) -> list[dict]:
-    """Milliseconds of a `per`-th of each loop (median, least, most) and its ratio to the first one's, after a warm-up."""
+    """Milliseconds of a `per`-th of each loop (median, least, most) and its ratio to the first one, after a warm-up."""
     times = {name: [] for name in loops}
     for repeat in range(-1, repeats):
         for name, loop in loops.items():
