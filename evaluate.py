@@ -2,6 +2,8 @@
 
     python evaluate.py --run runs/market_arcface_s0
     python evaluate.py --run runs/market_arcface_s0 --dataset duke
+    python evaluate.py --run runs/market_arcface_s0 --rerank
+    python evaluate.py --run runs/market_arcface_s0 --verification
     python evaluate.py --run runs/market_arcface_s0 --save-features features.npz
     python evaluate.py --features features.npz
 
@@ -12,6 +14,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,16 +28,20 @@ from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
 from models import build_model, model_options
+from utils import distributed
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
-from utils.environment import find_device
+from utils.environment import digest_of_names, find_device
 from utils.errors import UserError, user_input
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
 from utils.flags import DEFAULTS, load_args, number
-from utils.ranking import rank_metrics
+from utils.ranking import average, rank_queries, rank_queries_from_distance
+from utils.reranking import rerank
 from utils.seed import set_backends
+from utils.verification import count_pairs, verification, verification_table
 
 BATCH_SIZE, BATCH_SIZE_GPU = 128, 512  # images embedded at a time
+RERANK = {"k1": 20, "k2": 6, "lambda_": 0.3}  # of the paper
 METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP", "num_queries")
 
 
@@ -54,13 +61,16 @@ def embed(
     """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept.
 
     flip_test: an image's embedding is the mean of its own and its mirror image's.
+    Under torchrun every process embeds its share of them and returns all.
     """
+    paths = [record.path for record in records]
+    distributed.check_same("the list of test images", digest_of_names(paths))
+    paths = paths[distributed.share(len(paths))]
     was_training = model.training
     model.eval()
     batch_size = BATCH_SIZE if device.type == "cpu" else BATCH_SIZE_GPU
     embeddings = []
-    with tqdm(total=len(records), desc=description, unit="image", leave=False, disable=None) as bar:
-        paths = [record.path for record in records]
+    with tqdm(total=len(paths), desc=description, unit="image", leave=False, disable=None) as bar:
         for images in stream_images(paths, height, width, device, batch_size, workers):
             count = len(images)
             if device.type != "cpu" and count < batch_size:  # one shape: cuDNN tunes once
@@ -72,7 +82,7 @@ def embed(
             embeddings.append(batch[:count])
             bar.update(count)
     model.train(was_training)
-    return torch.cat(embeddings)
+    return distributed.gather_rows(torch.cat(embeddings), len(records))
 
 
 def embed_split(model: nn.Module, split: Split, **settings) -> Features:
@@ -86,35 +96,68 @@ def embed_split(model: nn.Module, split: Split, **settings) -> Features:
     return Features(**fields)
 
 
-def score(features: Features, metric: str = "cosine", ignore_cameras: bool = False) -> dict[str, float]:
+def cameras(features: Features, ignore: bool = False) -> tuple:
+    """The camids of queries (Q,) and gallery (G,) that count: each path its own if ignored, or if one is unknown (-1),
+    so that only the query image itself is dropped."""
+    query_camids, gallery_camids = features.query_camids, features.gallery_camids
+    if not ignore and (query_camids is None or gallery_camids is None):
+        raise ValueError("The features hold no cameras: add query_camids and gallery_camids, or pass --ignore-cameras.")
+    if ignore or min(query_camids.min(), gallery_camids.min()) < 0:
+        return path_cameras(features.query_paths, features.gallery_paths)
+    return query_camids, gallery_camids
+
+
+def score(
+    features: Features, metric: str = "cosine", ignore_cameras: bool = False, reranking: dict | None = None,
+    verify: bool = False,
+) -> dict:  # fmt: skip
     """The metrics of the README's "Protocol", as fractions (0..1), under the names of `rank_metrics`.
 
     ignore_cameras: every distinct path is a camera of its own, so that only the query image itself is dropped; the
-    same holds where a camera is unknown (-1).
+    same holds where a camera is unknown (-1). reranking: k1, k2 and lambda_ of utils/reranking.py, by whose distances
+    is ranked. verify: further, under "verification", what utils/verification.py says of the pairs. Under torchrun every
+    process ranks its share of the queries; re-ranking, which compares them with each other, takes all of them in each.
     """
-    query_camids, gallery_camids = features.query_camids, features.gallery_camids
-    if ignore_cameras or min(query_camids.min(), gallery_camids.min()) < 0:
-        query_camids, gallery_camids = path_cameras(features.query_paths, features.gallery_paths)
-    query = features.query, features.query_pids, query_camids
+    query_camids, gallery_camids = cameras(features, ignore_cameras)
+    queries = features.query, features.query_pids, query_camids
+    mine = slice(None) if reranking else distributed.share(len(features.query))
+    query = tuple(column[mine] for column in queries)
     gallery = features.gallery, features.gallery_pids, gallery_camids
+
+    def rank(block: int | None) -> dict[str, Tensor]:
+        if not reranking:
+            return rank_queries(*query, *gallery, metric=metric, gallery_block=block)
+        bar, parts = partial(tqdm, leave=False, disable=None), []
+        for here, distance in rerank(query[0], gallery[0], metric, **reranking, block=block, progress=bar):
+            parts.append(rank_queries_from_distance(distance, query[1][here], query[2][here], *gallery[1:]))
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
     block = None  # the default
     while True:
         try:
-            return rank_metrics(*query, *gallery, metric=metric, gallery_block=block)
+            results = rank(block)
+            break
         except torch.OutOfMemoryError:
             if block == 64:
                 raise
         block = max((block or 8192) // 2, 64)
         print(f"out of memory: ranking again by blocks of {block} gallery images")
+    if not reranking:
+        results = {key: distributed.gather_rows(column, len(queries[0])) for key, column in results.items()}
+    further = {"verification": verification(count_pairs(*queries, *gallery, metric))} if verify else {}
+    return average(results) | further
 
 
-def score_all(model: nn.Module, tests: dict[str, Split], metric: str, ignore_cameras: bool, **settings) -> dict:
+def score_all(
+    model: nn.Module, tests: dict[str, Split], metric: str, ignore_cameras: bool, reranking: dict | None = None,
+    verify: bool = False, **settings,
+) -> dict:  # fmt: skip
     """The metrics of a test set; of several their means, and under "tests" those of each. settings: of `embed`."""
     found = {}
     for name, split in tests.items():
         features = embed_split(model, split, **settings)
         with user_input():
-            found[name] = score(features, metric, ignore_cameras)
+            found[name] = score(features, metric, ignore_cameras, reranking, verify)
     if len(found) == 1:
         return next(iter(found.values()))
     means = {key: sum(metrics[key] for metrics in found.values()) / len(found) for key in METRICS[:-1]}
@@ -146,6 +189,27 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     return model.to(device, memory_format=torch.channels_last).eval(), args
 
 
+def load_tests(
+    run_dir: Path, run: dict, dataset: str | None = None, data_dir: str | None = None, options: dict | None = None
+) -> tuple[dict[str, Split], str]:
+    """The run's own test sets (people that it did not train on), or those of another data set; and their name.
+
+    run: the run's flags; options: those of the readers (reader_options). Prints what the readers have to say.
+    """
+    dataset, options = dataset or run["dataset"], options or {}
+    with user_input():
+        check_options(dataset, options)
+        kept = run_dir / "split.csv" if dataset == run["dataset"] and not options else None
+        with distributed.one_first():  # generated pedestrians are drawn once
+            data = load_datasets(dataset, data_dir or run["data_dir"], {**run, **options}, kept)
+        tests, name = data.tests, dataset
+        if dataset == run["dataset"] and run["eval_on"] == "val":
+            tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
+            name = f"{dataset} val"
+    print("".join(f"{note}\n" for note in data.notes), end="")
+    return tests, name
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what to score: one of the two
@@ -163,13 +227,25 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=None,
                         help="mean of an image's and its mirror image's embedding (default: the run's)")  # fmt: skip
+    parser.add_argument("--rerank", action="store_true",
+                        help="rank by k-reciprocal re-ranking (utils/reranking.py): numbers of their own")  # fmt: skip
+    for key, default in RERANK.items():
+        kind = number(int) if key != "lambda_" else number(float, zero=True, most=1)
+        parser.add_argument(f"--{key.strip('_')}", dest=key, type=kind, help=f"of --rerank (default: {default})")
+    parser.add_argument("--verification", action="store_true",
+                        help="also: true match rates at three false match rates, over all pairs")  # fmt: skip
     parser.add_argument("--save-features", type=Path, help="write the embeddings to this .npz file or .npy folder")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=number(int, zero=True), default=DEFAULTS["workers"],
-                        help="threads that decode images (default: the cores, at most 16)")  # fmt: skip
+                        help="threads that decode images (default: the cores, at most 4)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.save_features and args.save_features.exists():  # said now rather than after all images were embedded
         parser.error(f"--save-features: {args.save_features} exists; delete it or choose another name")
+    given = [f"--{key.strip('_')}" for key in RERANK if getattr(args, key) is not None]
+    if given and not args.rerank:
+        parser.error(f"{given[0]} belongs to --rerank")
+    if args.rerank and args.verification:
+        parser.error("--verification is about similarities, which --rerank replaces: give one of the two")
     options = [key for key in vars(args) if key in reader_options()]
     if args.features and (args.dataset or args.data_dir or args.save_features or options or args.flip_test):
         parser.error("--features needs no images: leave --dataset, --data-dir, --flip-test and --save-features out")
@@ -178,28 +254,23 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    device = find_device(args.device or DEFAULTS["device"])
+    device = find_device(distributed.own_device(args.device or DEFAULTS["device"]))
+    given = {key: getattr(args, key) for key in RERANK if getattr(args, key) is not None}
+    further = {"reranking": {**RERANK, **given} if args.rerank else None, "verify": args.verification}
     if args.features:
         features = load_features(args.features)
         query = torch.from_numpy(features.query.astype(features.query.dtype.newbyteorder("=")))  # ranked where it is
         features = features._replace(query=query.to(device))
         with user_input():
-            metrics = score(features, args.metric or "cosine", args.ignore_cameras)
-        print(metrics_table(metrics, str(args.features)))
+            metrics = score(features, args.metric or "cosine", args.ignore_cameras, **further)
+        print(metrics_table(metrics, f"{args.features}{', re-ranked' if args.rerank else ''}"))
+        if args.verification:
+            print(verification_table(metrics))
         return
     model, run = load_run(args.run, device)
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
-    dataset = args.dataset or run["dataset"]
-    held_out = dataset == run["dataset"] and run["eval_on"] == "val"
     options = {key: value for key, value in vars(args).items() if key in reader_options()}
-    with user_input():
-        check_options(dataset, options)
-        kept = args.run / "split.csv" if dataset == run["dataset"] and not options else None
-        data = load_datasets(dataset, args.data_dir or run["data_dir"], {**run, **options}, kept)
-        tests = data.tests
-        if held_out:
-            tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
-    print("".join(f"{note}\n" for note in data.notes), end="")
+    tests, title = load_tests(args.run, run, args.dataset, args.data_dir, options)
     how = {"metric": args.metric or run["metric"], "ignore_cameras": args.ignore_cameras or run["ignore_cameras"]}
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
     settings["flip_test"] = run["flip_test"] if args.flip_test is None else args.flip_test
@@ -207,23 +278,32 @@ def main(argv: list[str] | None = None) -> None:
         if len(tests) > 1:
             raise UserError("--save-features takes one test set: name it with --dataset")
         features = embed_split(model, next(iter(tests.values())), **settings)
-        save_features(args.save_features, features)
+        if distributed.rank() == 0:
+            save_features(args.save_features, features)
         with user_input():
-            metrics = score(features, **how)
+            metrics = score(features, **how, **further)
     else:
-        metrics = score_all(model, tests, **how, **settings)
-    print(metrics_table(metrics, f"{args.run.name} on {dataset}{' val' if held_out else ''}"))
-    words = [dataset, *(f"{key.replace('_', '-')}-{value}" for key, value in options.items()), how["metric"]]
+        metrics = score_all(model, tests, **how, **further, **settings)
+    print(metrics_table(metrics, f"{args.run.name} on {title}{', re-ranked' if args.rerank else ''}"))
+    if args.verification:
+        print(verification_table(metrics))
+        people = "held out, none of the test" if title.endswith(" val") else "of the test set, which they describe"
+        print(f"thresholds found on the people {people}")
+    words = [args.dataset or run["dataset"], *(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
     how["flip_test"] = settings["flip_test"]
-    words += [key.replace("_", "-") for key in ("ignore_cameras", "flip_test") if how[key]]
-    save_json(args.run / f"evaluation_{'_'.join(words)}.json", {**metrics, **how})
+    words += [how["metric"], *(key.replace("_", "-") for key in ("ignore_cameras", "flip_test") if how[key])]
+    words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
+    words += [word for word in ("rerank", "verification") if getattr(args, word)]
+    if distributed.rank() == 0:
+        save_json(args.run / f"evaluation_{'_'.join(words)}.json", {**metrics, **how, **(further["reranking"] or {})})
 
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
-        main()
+        with distributed.processes():
+            main()
     except (UserError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except torch.OutOfMemoryError:

@@ -33,6 +33,7 @@ fi
 
 code=0
 if [ -n "$commands" ]; then # a stopped training (130, 143) stops all: 255 tells xargs so
+  trap : INT                 # Ctrl-C ends the trainings; this script still says how to go on
   printf '%s\n' "$commands" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c '
     echo "$0" >&2
     eval "$0"

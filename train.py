@@ -4,6 +4,7 @@
     python train.py --loss arcface --dataset market
     python train.py --loss softmax+triplet --dataset market --amp --loss-args triplet.margin=None
     python train.py --resume --run-dir runs/market_arcface_s0
+    torchrun --standalone --nproc_per_node=4 -- train.py --loss arcface --dataset market     # four GPUs share a batch
 
 The run folder (default runs/DATASET_LOSS_sSEED) gets args.json, log.jsonl (a line per epoch), last.pt and result.json.
 """
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,12 +30,14 @@ from data.sampler import PKSampler, RandomSampler
 from evaluate import METRICS, metrics_table, score_all
 from losses import build_loss, row_name
 from models import build_model, model_options
+from utils import distributed
 from utils.checkpoint import check_writable, locked, resume_run, save_checkpoint, save_log
 from utils.environment import change_of, check_bfloat16, digest_of_names, environment, find_device
 from utils.errors import UserError, user_input
 from utils.files import load_json, save_json
 from utils.flags import FREE, SCORING, build_parser, count_steps, new_run, resumed_run, run_name, show_flags
 from utils.seed import seed_everything, set_backends
+from utils.tensorboard import open_board
 
 LOG_EVERY = 20  # steps between two looks at the loss; between them nothing waits for the device
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -48,12 +52,47 @@ def learning_rate_factor(epoch: float, milestones: list[int], warmup: float = 0)
     return rise * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 
-def backward_step(model: nn.Module, loss_fn: nn.Module, images: Tensor, labels: Tensor, amp: bool) -> Tensor:
-    """Passes a batch, images (B, 3, H, W) and labels (B,), forward and backward; returns the loss without its graph."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        embeddings = model(images)  # (B, D)
-    loss = loss_fn(embeddings, labels)  # in float32
+@contextmanager
+def without_traces(model: nn.Module, device: torch.device):
+    """Inside, passes leave running statistics and random numbers as they were: the next pass draws the same dropout."""
+    norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+
+def backward_step(
+    model: nn.Module, loss_fn: nn.Module, images: Tensor, labels: Tensor, micro_batches: int = 1, amp: bool = False
+) -> Tensor:
+    """Passes a batch forward and backward; returns the loss without its graph.
+
+    images (B / N, 3, H, W): the share of this one of N processes; labels (B,): of the whole batch, for all of which the
+    loss is computed. micro_batches: the images pass in as many parts, so that memory need hold one part's activations
+    only: first for the embeddings, then, with the loss's gradient at the embeddings, once more.
+    """
+
+    def embed(part: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            return model(part)  # (b, D)
+
+    if micro_batches == 1:
+        embeddings = embed(images)  # (B / N, D)
+    else:
+        parts = images.tensor_split(micro_batches)
+        with without_traces(model, images.device):
+            embeddings = torch.cat([embed(part) for part in parts])
+        embeddings.requires_grad_()
+    loss = loss_fn(distributed.gather(embeddings), labels)  # in float32
     loss.backward()
+    if micro_batches > 1:
+        for number, gradient in enumerate(embeddings.grad.tensor_split(micro_batches), start=1):
+            with nullcontext() if number == micro_batches else distributed.apart(model):
+                embed(parts[number - 1]).backward(gradient)
     return loss.detach()
 
 
@@ -77,18 +116,24 @@ def main(argv: list[str] | None = None) -> None:
         return
     if run_dir.exists() and not resume:
         raise UserError(f"{run_dir} exists: go on with it (--resume), name another (--run-dir), or remove it")
+    distributed.check_same(f"what --resume finds in {run_dir}", resumed)
+    distributed.check_same("the set of flags", {key: args[key] for key in args.keys() - {*FREE, "explicit"}})
     if (run_dir / "result.json").is_file():
         print(metrics_table(load_json(run_dir / "result.json", METRICS), f"{run_dir.name} (finished)"))
         return
     row = row_name(args["loss"])
-    device = find_device(args["device"])
+    device = find_device(distributed.own_device(args["device"]))
     if args["amp"]:
         check_bfloat16(device)
+    if args["sync_bn"] and device.type != "cuda":
+        raise UserError("--sync-bn works on GPUs only: leave it out")
     check_writable(run_dir)
+    writes = distributed.rank() == 0
+    board = open_board(run_dir / "tensorboard") if args["tensorboard"] and writes else lambda line: None
     set_backends(args["deterministic"], args["tf32"])
 
     # ------------------------------------------------------------------------------------------------------------ data
-    with user_input():
+    with user_input(), distributed.one_first():  # generated pedestrians are drawn once
         data = load_datasets(args["dataset"], args["data_dir"], args, kept=run_dir / "split.csv")
         records, tests = data.train, data.tests
         if args["eval_on"] == "val":
@@ -104,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(bad)} of {len(records):,} training images are bad and skipped")
         records = [record for position, record in enumerate(records) if position not in bad]
     here = environment(device, digest_of_names(record.path for record in records), args["tf32"])
+    distributed.check_same("the list of training images", here["images"])
     if resumed and args["environment"].get("images") != here["images"]:
         raise UserError(f"{run_dir} began with other training images than those in {args['data_dir']}: put them back")
     if resumed and (change := change_of(args["environment"], here)):
@@ -117,6 +163,13 @@ def main(argv: list[str] | None = None) -> None:
             sampler = PKSampler(all_labels.tolist(), args["p"], args["k"], args["seed"])
         else:
             sampler = RandomSampler(len(records), args["batch_size"], args["seed"])
+    batch_size = sampler.batches(0).shape[1]
+    if batch_size % (count := distributed.world_size()):
+        raise UserError(f"{count} processes can't share a batch of {batch_size} images equally: other --p, --k, "
+                        "--batch-size, or number of processes")  # fmt: skip
+    rows = distributed.share(batch_size)  # of a batch, for this process
+    if args["micro_batches"] > (count := batch_size // count):
+        raise UserError(f"--micro-batches {args['micro_batches']} is more than the {count} images of a process's batch")
 
     # -------------------------------------------------------------------------------------------------- model and loss
     if not resumed:
@@ -128,13 +181,16 @@ def main(argv: list[str] | None = None) -> None:
         weights = "none" if (run_dir / "last.pt").exists() else args["weights"]  # last.pt has all of them
         model = build_model(args["arch"], weights, **model_options(args))
         model = model.to(device, memory_format=torch.channels_last)
+        if args["sync_bn"] and distributed.world_size() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         loss_fn = build_loss(args["loss"], num_classes, model.embedding_dim, args["loss_args"]).to(device)
     groups = [{"params": list(model.parameters()), "lr": args["lr"]}]
     if any(True for _ in loss_fn.parameters()):
         groups.append({"params": list(loss_fn.parameters()), "lr": args["loss_lr"]})
     optimizer = torch.optim.Adam(groups, weight_decay=args["weight_decay"], fused=True)
     first_rates = [group["lr"] for group in groups]
-    forward = torch.compile(model) if args["compile"] else model
+    forward, whole_loss = distributed.parallel(model), distributed.parallel(loss_fn)
+    forward = torch.compile(forward) if args["compile"] else forward
     how = {key: args[key] for key in ("random_crop", "pad_crop", "random_erasing", "cache", "workers")}
     images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **how)
 
@@ -144,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
         return score_all(model, tests, args["metric"], args["ignore_cameras"], device=device, **how)
 
     def save(epoch: int) -> None:
+        if not writes:
+            return
         tensors = [*model.state_dict().values(), *loss_fn.state_dict().values()]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise FloatingPointError(f"the weights are not finite after epoch {epoch}: they were not saved")
@@ -154,13 +212,13 @@ def main(argv: list[str] | None = None) -> None:
     stop_signals = []  # SIGINT and SIGTERM end the run after the step; a second one at once
 
     def stop_if_asked(saved: int) -> None:
-        if stop_signals:
+        if number := distributed.largest(stop_signals[0] if stop_signals else 0):  # all processes stop at one step
             what = "with the scoring" if saved == args["epochs"] else f"from epoch {saved + 1}"
-            print(f"stopped by {signal.Signals(stop_signals[0]).name}: --resume --run-dir {run_dir} goes on {what}")
-            sys.exit(128 + stop_signals[0])
+            print(f"stopped by {signal.Signals(number).name}: --resume --run-dir {run_dir} goes on {what}")
+            sys.exit(128 + number)
 
-    with locked(run_dir, new=not resumed):
-        if not resumed:
+    with locked(run_dir, new=not resumed) if writes else nullcontext():
+        if not resumed and writes:
             save_json(run_dir / "args.json", args)
             if "folder" in data.tests:  # the split stays the same when files are added
                 write_split_csv(data.tests["folder"], run_dir / "split.csv", args["data_dir"])
@@ -171,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
               f"{sum(len(split.gallery) for split in tests.values()):,} gallery images")  # fmt: skip
         print(f"{' '.join([args['loss'], *args['loss_args']])} on {args['arch']} {args['height']}x{args['width']}, "
               f"{args['device']}{' bfloat16' if args['amp'] else ''}, {args['epochs']} epochs x {len(sampler)} steps x "
-              f"{sampler.batches(0).shape[1]} images ({args['sampler']}) -> {run_dir}")  # fmt: skip
+              f"{batch_size} images ({args['sampler']}) -> {run_dir}")  # fmt: skip
         for each in SIGNALS:
             signal.signal(each, lambda got, _: stop_signals.append(got) if not stop_signals else sys.exit(128 + got))
         saved, saved_at = first_epoch, time.monotonic()
@@ -185,12 +243,13 @@ def main(argv: list[str] | None = None) -> None:
             start = time.perf_counter()
             with tqdm(total=order.numel(), desc=f"epoch {epoch + 1}/{args['epochs']}", unit="image", leave=False,
                       disable=None) as bar:  # fmt: skip
-                for step, images in enumerate(images_of.batches(order, args["seed"], epoch)):
+                for step, images in enumerate(images_of.batches(order, args["seed"], epoch, rows)):
                     factor = learning_rate_factor(epoch + step / len(order), args["milestones"], args["warmup"])
                     for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
                         group["lr"] = rate * factor
                     optimizer.zero_grad(set_to_none=True)
-                    loss_sum += backward_step(forward, loss_fn, images, labels[step], args["amp"])
+                    how = {"micro_batches": args["micro_batches"], "amp": args["amp"]}
+                    loss_sum += backward_step(forward, whole_loss, images, labels[step], **how)
                     optimizer.step()
                     if (step + 1) % LOG_EVERY == 0 or step + 1 == len(order):  # only here it waits for the device
                         mean = loss_sum.item() / (step + 1)
@@ -201,15 +260,18 @@ def main(argv: list[str] | None = None) -> None:
                                 + (f"{run_dir} keeps the state after epoch {saved}" if saved else "nothing was saved")
                             )
                         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                    bar.update(len(images))
+                    bar.update(batch_size)
                     stop_if_asked(saved)
+            distributed.average_buffers(model, loss_fn)  # batch-norm statistics above all
             seconds = time.perf_counter() - start
             line = {"epoch": epoch + 1, "loss": mean, "lr": args["lr"] * factor,
                     "seconds": round(seconds, 3), "images_per_second": round(order.numel() / seconds, 1)}  # fmt: skip
             if args["eval_every"] and (epoch + 1) % args["eval_every"] == 0 and epoch + 1 < args["epochs"]:
                 line |= evaluate()
             log.append(line)
-            save_log(run_dir / "log.jsonl", log)
+            if writes:
+                save_log(run_dir / "log.jsonl", log)
+            board(line)
             due = time.monotonic() - saved_at >= args["save_every"] or stop_signals
             if due or epoch + 1 == args["epochs"]:
                 save(epoch + 1)
@@ -226,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
             signal.signal(each, interrupt)
         stop_if_asked(args["epochs"])  # a signal since the last look
         metrics = evaluate()
-        save_json(run_dir / "result.json", {**metrics, "row": row, "args": args, "log": log})
+        if writes:
+            save_json(run_dir / "result.json", {**metrics, "row": row, "args": args, "log": log})
+        board({"epoch": args["epochs"], **metrics})
         print(metrics_table(metrics, f"{args['dataset']} {row}"))
 
 
@@ -236,7 +300,8 @@ if __name__ == "__main__":
     for each in SIGNALS:
         signal.signal(each, interrupt)
     try:
-        main()
+        with distributed.processes():
+            main()
     except (UserError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:

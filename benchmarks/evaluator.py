@@ -1,7 +1,7 @@
 """Time and memory of utils/ranking.py beside the distance product alone, a full sort, and other evaluators.
 
     python benchmarks/evaluator.py                   # market, msmt17, market500k, and a memory-mapped gallery
-    python benchmarks/evaluator.py --quick           # a tenth of Market, a small curve: a minute
+    python benchmarks/evaluator.py --quick           # a tenth of Market, a small curve: a minute; nothing is written
     python benchmarks/evaluator.py --sizes market --repeats 5
 
 Embeddings are generated: people with a look of their own among similar ones, cameras, bad pictures, distractors; mAP
@@ -12,25 +12,21 @@ is the time beyond that of the product in the same turn. Numbers of the same pro
 The peers are timed where they are installed, at Market size and below (they need a matrix of all distances):
 torchreid (its Cython where that is built, otherwise numpy), torchmetrics' average precision per query, and
 pytorch-metric-learning's calculator (needs faiss; no cameras, so another protocol and other numbers).
-With a GPU, the product, our evaluator and the sort are timed there, too, with and without TF32.
 
-Prints tables and writes results/benchmarks/evaluator_MACHINE.json.
+Prints tables and writes results/benchmarks/evaluator_MACHINE.json. On a GPU: benchmarks/gpu.py.
 """
 
 import argparse
 import importlib.util
-import json
 import math
-import os
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -38,9 +34,9 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
 
-from benchmarks.machine import machine_name, sanitised, write_result  # noqa: E402
+from benchmarks.machine import in_a_process, machine_name, spread, write_result  # noqa: E402
 from utils.ranking import rank_metrics  # noqa: E402
 
 SIZES = {  # query and gallery images, people, cameras, distractors, and how bad the pictures are
@@ -50,38 +46,54 @@ SIZES = {  # query and gallery images, people, cameras, distractors, and how bad
     "market500k": (3368, 515913, 750, 6, 502798, 0.8),
 }
 SLOW = 60  # seconds of all turns of a way, after which it gets no further one
-MIB = 2**20
 NAMES = ("query", "query_pids", "query_camids", "gallery", "gallery_pids", "gallery_camids")
 
 
-def generate(
-    folder: Path, dim: int, queries: int, images: int, people: int, cameras: int, distractors: int, noise: float
-):
-    """Write the six arrays, a block at a time."""
-    rng = torch.Generator().manual_seed(0)
+def draw(
+    dim: int, queries: int, images: int, people: int, cameras: int, distractors: int, noise: float,
+    device: str | torch.device = "cpu", mixed: bool = False,
+):  # fmt: skip
+    """Yields query and gallery: name, pids, camids and an iterator of the embeddings, a block at a time.
+
+    mixed: every part of the gallery has its share of people; otherwise the distractors come first.
+    """
+    rng = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=rng)
+        return torch.randn(*shape, generator=rng, device=device)
 
-    looks = 0.8 * normal(40, 48)[torch.randint(40, (people + 1,), generator=rng)] + normal(people + 1, 48)
+    def numbers(most, count):
+        return torch.randint(most, (count,), generator=rng, device=device)
+
+    looks = 0.8 * normal(40, 48)[numbers(40, people + 1)] + normal(people + 1, 48)  # families of similar people
     camera, to_embedding = 0.35 * normal(cameras, 48), normal(48, dim) / math.sqrt(48)
-    pids = {
-        "query": torch.arange(queries) % people + 1,
-        "gallery": torch.cat(
-            [torch.zeros(distractors, dtype=torch.int64), torch.arange(images - distractors) % people + 1]
-        ).sort()[0],
-    }
-    for name, pid in pids.items():
-        camid = torch.randint(cameras, (len(pid),), generator=rng)
-        table = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (len(pid), dim))
-        for first in range(0, len(pid), 8192):
+
+    def embed(pids, camids):
+        for first in range(0, len(pids), 8192):
             part = slice(first, first + 8192)
-            look = torch.where((pid[part] > 0)[:, None], looks[pid[part]], 1.3 * normal(len(pid[part]), 48))
+            look = torch.where((pids[part] > 0)[:, None], looks[pids[part]], 1.3 * normal(len(pids[part]), 48))
             bad = noise * (0.45 * normal(len(look), 1)).exp()
-            look = look + camera[camid[part]] + bad * normal(len(look), 48)
-            table[part] = torch.relu(look @ to_embedding + 0.5 + 0.3 * normal(len(look), dim)).numpy()
-        np.save(folder / f"{name}_pids.npy", pid.numpy())
-        np.save(folder / f"{name}_camids.npy", camid.numpy())
+            look = look + camera[camids[part]] + bad * normal(len(look), 48)
+            yield torch.relu(look @ to_embedding + 0.5 + 0.3 * normal(len(look), dim))
+
+    strangers = torch.zeros(distractors, dtype=torch.int64, device=device)
+    gallery_pids = torch.cat([strangers, torch.arange(images - distractors, device=device) % people + 1]).sort()[0]
+    if mixed:
+        gallery_pids = gallery_pids[torch.randperm(images, generator=rng, device=device)]
+    for name, pids in (("query", torch.arange(queries, device=device) % people + 1), ("gallery", gallery_pids)):
+        camids = numbers(cameras, len(pids))
+        yield name, pids, camids, embed(pids, camids)
+
+
+def generate(folder: Path, dim: int, *size, mixed: bool = False) -> None:
+    """Writes the six arrays, a block at a time; size: a value of SIZES."""
+    for name, pids, camids, blocks in draw(dim, *size, mixed=mixed):
+        table, first = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (len(pids), dim)), 0
+        for block in blocks:
+            table[first : first + len(block)] = block.numpy()
+            first += len(block)
+        np.save(folder / f"{name}_pids.npy", pids.numpy())
+        np.save(folder / f"{name}_camids.npy", camids.numpy())
 
 
 def load(folder: Path, mapped: int = 0) -> list:
@@ -103,10 +115,6 @@ def product(query, _qp, _qc, gallery, *_):
     for first in range(0, len(gallery), block):
         rows = torch.as_tensor(gallery[first : first + block])
         torch.mm(query, rows.T, out=out[:, : len(rows)])
-
-
-def ours(*arrays):
-    return rank_metrics(*arrays)
 
 
 def by_sort(query, query_pids, query_camids, gallery, gallery_pids, gallery_camids):
@@ -170,22 +178,13 @@ def pytorch_metric_learning(query, query_pids, _qc, gallery, gallery_pids, _gc):
 
 WAYS = {
     "product alone": product,
-    "this evaluator": ours,
+    "this evaluator": rank_metrics,
     "full sort, torch": by_sort,
     "torchreid": torchreid,
     "torchmetrics": torchmetrics,
     "pytorch-metric-learning (other protocol)": pytorch_metric_learning,
 }
 PEERS = list(WAYS)[3:]
-
-
-def way_title(way: str) -> str:
-    if way == "torchreid":
-        try:
-            return f"torchreid, {'Cython' if torchreid_module('rank').IS_CYTHON_AVAI else 'numpy'}"
-        except ModuleNotFoundError:
-            return way
-    return way
 
 
 # ---- Measuring: in processes of their own ----
@@ -196,7 +195,7 @@ class Memory:
 
     def now(self) -> int:
         try:
-            status = Path("/proc/self/status").read_text()
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
             return int(status.split("RssAnon:")[1].split()[0]) * 1024
         except (OSError, IndexError):  # not Linux
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -217,77 +216,58 @@ class Memory:
         self.extra = max(self.peak, self.now()) - self.before
 
 
-def work(task: dict) -> dict:
-    """In a new process: the ways by turns, with their times, or one way alone, with its memory."""
-    torch.set_num_threads(task["threads"])
-    arrays = load(Path(task["folder"]), task["mapped"])
-    small = [x[:64] for x in arrays[:3]] + [arrays[3][:512], arrays[4][:512], arrays[5][:512]]
-    small[1][:], small[4][:] = 1, 1  # libraries are loaded and threads started before anything is measured
-    small[2][:], small[5][:] = 1, 2
-    arrays = load(Path(task["folder"]), task["mapped"])
-    found = {}
-    for way in task["ways"]:
+def load_libraries(arrays: list, ways: list[str]) -> dict[str, str]:
+    """Calls each way on a few rows, so that none loads or starts anything later; what is missing, by way."""
+    small = [torch.as_tensor(np.array(x[:n])) for x, n in zip(arrays, (64, 64, 64, 512, 512, 512), strict=True)]
+    small[1][:], small[4][:], small[2][:], small[5][:] = 1, 1, 1, 2  # one person, two cameras
+    missing = {}
+    for way in ways:
         try:
             WAYS[way](*small)
-            found[way] = {"seconds": []}
         except ImportError as error:
-            found[way] = {"missing": f"not installed ({getattr(error, 'name', None) or error})"}
-    for _ in range(task["repeats"]):
-        for way, row in found.items():
-            if "missing" in row or sum(row["seconds"]) > SLOW:
-                continue
-            if task["memory"]:  # it takes time to watch
-                with Memory() as memory:
-                    WAYS[way](*arrays)
-                row["extra_bytes"] = memory.extra
-            else:
+            missing[way] = f"not installed ({getattr(error, 'name', None) or error})"
+    return missing
+
+
+def times_of(ways: list[str], folder: Path, mapped: int, repeats: int) -> dict[str, dict]:
+    """The ways by turns: their seconds and metrics, or what is missing."""
+    arrays = load(folder, mapped)
+    found = {way: {"missing": text} for way, text in load_libraries(arrays, ways).items()}
+    found |= {way: {"seconds": []} for way in ways if way not in found}
+    for _ in range(repeats):
+        for way in ways:
+            if sum(found[way].get("seconds", [SLOW + 1])) <= SLOW:
                 start = time.perf_counter()
-                row["metrics"] = WAYS[way](*arrays)
-                row["seconds"].append(time.perf_counter() - start)
+                found[way]["metrics"] = WAYS[way](*arrays)
+                found[way]["seconds"].append(time.perf_counter() - start)
     return found
 
 
-def run(**task) -> dict:
-    """work(task) in a new process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--work", json.dumps(task)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(task["threads"])},
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{', '.join(task['ways'])} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def memory_of(way: str, folder: Path, mapped: int) -> float:
+    """MiB of one way alone; watching takes time, so it is not timed here."""
+    arrays = load(folder, mapped)
+    load_libraries(arrays, [way])
+    with Memory() as memory:
+        WAYS[way](*arrays)
+    return memory.extra / 2**20
 
 
-def spread(values: list[float]) -> dict:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
-
-
-def measure(size: str, dim: int, repeats: int, threads: int) -> dict:
+def measure(size: str, dim: int, repeats: int) -> dict:
     """All ways at one size."""
     queries, images = SIZES[size][:2]
     ways = [way for way in WAYS if way not in PEERS or images <= SIZES["market"][1]]
-    result = {"size": size, "query": queries, "gallery": images, "dim": dim, "ways": {}}
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder), dim, *SIZES[size])
-        common = {"folder": folder, "mapped": 0, "threads": threads}
-        timed = run(ways=ways, repeats=repeats, memory=False, **common)
-        alone = statistics.median(timed["product alone"]["seconds"])
-        for way, row in timed.items():
-            if "missing" in row:
-                result["ways"][way_title(way)] = row
-                continue
-            beside = zip(row["seconds"], timed["product alone"]["seconds"], strict=False)
-            after = [total - alone for total, alone in beside]
-            extra = run(ways=[way], repeats=1, memory=True, **common)[way]["extra_bytes"]
-            result["ways"][way_title(way)] = {
-                "seconds": spread(row["seconds"]),
-                "after_product_seconds": spread(after),
-                "times_product": statistics.median(row["seconds"]) / alone,
-                "extra_mib": extra / MIB,
-                "metrics": row["metrics"],
-            }
-    result["largest_difference"] = agreement(result["ways"])
-    return result
+        rows = in_a_process(times_of, ways, Path(folder), 0, repeats)
+        product_seconds = rows["product alone"]["seconds"]
+        for way, row in rows.items():
+            if "seconds" in row:
+                after = [total - alone for total, alone in zip(row["seconds"], product_seconds, strict=False)]
+                row["times_product"] = median(row["seconds"]) / median(product_seconds)
+                row["seconds"], row["after_product_seconds"] = spread(row["seconds"]), spread(after)
+                row["extra_mib"] = in_a_process(memory_of, way, Path(folder), 0)
+    return {"size": size, "query": queries, "gallery": images, "dim": dim, "ways": rows,
+            "largest_difference": agreement(rows)}  # fmt: skip
 
 
 def agreement(ways: dict) -> dict:
@@ -302,73 +282,21 @@ def agreement(ways: dict) -> dict:
     return differences
 
 
-def curve(rows: int, dim: int, points: int, threads: int) -> list[dict]:
+def curve(rows: int, dim: int, points: int = 5) -> list[dict]:
     """A memory-mapped gallery of growing size: our time and memory, and the product's."""
-    found = []
+    found, mine = [], "this evaluator"
     with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder), dim, 1000, rows, 750, 6, rows - min(rows // 4, 13115), 0.8)
-        # the people's rows stand last: spread them, so that every size has its share
-        order = np.random.default_rng(0).permutation(rows)
-        for name in ("gallery_pids", "gallery_camids", "gallery"):
-            table = np.load(Path(folder) / f"{name}.npy", mmap_mode="r")
-            shuffled = np.lib.format.open_memmap(Path(folder) / "new.npy", "w+", table.dtype, table.shape)
-            for first in range(0, rows, 65536):
-                shuffled[first : first + 65536] = table[order[first : first + 65536]]
-            del table, shuffled
-            (Path(folder) / "new.npy").replace(Path(folder) / f"{name}.npy")
+        folder = Path(folder)
+        generate(folder, dim, 1000, rows, 750, 6, rows - min(rows // 4, 13115), 0.8, mixed=True)
         for images in [rows >> shift for shift in reversed(range(points))]:
-            task = {"folder": folder, "mapped": images, "threads": threads, "repeats": 3}
-            timed = run(ways=["product alone", "this evaluator"], memory=False, **task)
-            alone = run(ways=["this evaluator"], memory=True, **{**task, "repeats": 1})["this evaluator"]
-            seconds = {way: statistics.median(row["seconds"]) for way, row in timed.items()}
-            found.append(
-                {
-                    "gallery": images, "dim": dim, "query": 1000, "product_seconds": seconds["product alone"],
-                    "seconds": seconds["this evaluator"], "extra_mib": alone["extra_bytes"] / MIB,
-                    "mAP": timed["this evaluator"]["metrics"]["mAP"],
-                }
-            )  # fmt: skip
+            timed = in_a_process(times_of, ["product alone", mine], folder, images, 3)
+            seconds = {way: median(row["seconds"]) for way, row in timed.items()}
+            found.append({
+                "gallery": images, "dim": dim, "query": 1000, "product_seconds": seconds["product alone"],
+                "seconds": seconds[mine], "extra_mib": in_a_process(memory_of, mine, folder, images),
+                "mAP": timed[mine]["metrics"]["mAP"],
+            })  # fmt: skip
     return found
-
-
-def measure_gpu(size: str, dim: int, repeats: int) -> dict:
-    """The product, our evaluator and the sort on the GPU: seconds by events, peak memory of the device."""
-    queries, images = SIZES[size][:2]
-    result = {"size": size, "query": queries, "gallery": images, "dim": dim, "ways": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder), dim, *SIZES[size])
-        arrays = [array.cuda() for array in load(Path(folder))]
-    before = torch.backends.cuda.matmul.allow_tf32
-    cases = [(way, tf32) for way in ("product alone", "this evaluator") for tf32 in (False, True)]
-    cases += [("full sort, torch", False)] if images < 100_000 else []
-    seconds = {case: [] for case in cases}
-    try:
-        for turn in range(repeats + 2):  # two to warm up
-            for way, tf32 in cases:
-                torch.backends.cuda.matmul.allow_tf32 = tf32
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                memory, events = torch.cuda.memory_allocated(), [torch.cuda.Event(enable_timing=True) for _ in "ab"]
-                events[0].record()
-                metrics = WAYS[way](*arrays)
-                events[1].record()
-                torch.cuda.synchronize()
-                if turn >= 2:
-                    seconds[way, tf32].append(events[0].elapsed_time(events[1]) / 1000)
-                    result["ways"][f"{way}, {'TF32' if tf32 else 'float32'}"] = {
-                        "extra_mib": (torch.cuda.max_memory_allocated() - memory) / MIB, "metrics": metrics,
-                    }  # fmt: skip
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    for (way, tf32), values in seconds.items():
-        alone = statistics.median(seconds["product alone", tf32])
-        row = result["ways"][f"{way}, {'TF32' if tf32 else 'float32'}"]
-        row["seconds"], row["times_product"] = spread(values), statistics.median(values) / alone
-        row["after_product_seconds"] = spread([value - alone for value in values])
-    mine = result["ways"]["this evaluator, float32"]["metrics"]
-    if result["ways"]["this evaluator, TF32"]["metrics"] != mine:
-        raise RuntimeError("TF32 changed a number of ours.")
-    return result
 
 
 # ---- Tables ----
@@ -380,68 +308,49 @@ def table(result: dict) -> str:
         if "missing" in row:
             rows.append([way, row["missing"]])
             continue
-        seconds, after, metrics = row["seconds"], row["after_product_seconds"], row["metrics"] or {}
-        rows.append(
-            [
-                way, f"{seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})",
-                "" if way.startswith("product") else f"{after['median']:.3f}", f"{row['times_product']:.2f}",
-                f"{row['extra_mib']:.0f}",
-                *(f"{100 * metrics[key]:.4f}" if key in metrics else "" for key in ("rank1", "mAP")),
-            ]
-        )  # fmt: skip
+        seconds, metrics = row["seconds"], row["metrics"] or {}
+        rows.append([
+            way, f"{seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})",
+            f"{row['after_product_seconds']['median']:.3f}", f"{row['times_product']:.2f}", f"{row['extra_mib']:.0f}",
+            *(f"{100 * metrics[key]:.4f}" if key in metrics else "" for key in ("rank1", "mAP")),
+        ])  # fmt: skip
     headers = ["", "seconds (min to max)", "after the product s", "x product", "extra MiB", "rank-1 %", "mAP %"]
     title = f"{result['size']}: {result['query']:,} x {result['gallery']:,} x {result['dim']:,}"
-    return f"{title}\n{tabulate(rows, headers=headers, disable_numparse=True)}"
+    worst = f"Largest difference from our mAP and rank-1: {max(result['largest_difference'].values(), default=0):.1e}"
+    return f"{title}\n{tabulate(rows, headers=headers, disable_numparse=True)}\n{worst}\n"
 
 
 def curve_table(points: list[dict]) -> str:
-    rows = [
-        [f"{p['gallery']:,}", f"{p['product_seconds']:.2f}", f"{p['seconds']:.2f}", f"{p['extra_mib']:.0f}",
-         f"{100 * p['mAP']:.2f}"] for p in points
-    ]  # fmt: skip
+    rows = [[f"{p['gallery']:,}", f"{p['product_seconds']:.2f}", f"{p['seconds']:.2f}", f"{p['extra_mib']:.0f}",
+             f"{100 * p['mAP']:.2f}"] for p in points]  # fmt: skip
     headers = ["gallery, memory-mapped", "product s", "evaluator s", "extra MiB", "mAP %"]
     title = f"{points[0]['query']:,} queries x {points[0]['dim']}"
     return f"{title}\n{tabulate(rows, headers=headers, disable_numparse=True)}"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--sizes", nargs="*", choices=SIZES, default=["market", "msmt17", "market500k"], help="sizes to measure")
     add("--repeats", type=int, default=7, help=f"turns of each way, fewer once it took {SLOW} s in all")
     add("--dim", type=int, default=2048, help="width of the embeddings")
     add("--curve", type=int, default=1_000_000, help="rows of the memory-mapped gallery, 512 wide; 0: no curve")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
-    add("--devices", nargs="+", choices=("cpu", "cuda"), default=devices, help="default: cpu, and cuda if there is one")
     add("--quick", action="store_true", help="a tenth of Market and a small curve, 2 turns")
-    add("--machine", help="name of this machine in the file's name (default: that of the processor or GPU)")
-    add("--out", type=Path, help="folder for the result (default: results/benchmarks)")
-    add("--work", help=argparse.SUPPRESS)
+    add("--machine", help="name of this machine in the file's name (default: that of the processor)")
     args = parser.parse_args(argv)
-    if args.work:
-        print(json.dumps(work(json.loads(args.work))))
-        return
     if args.quick:
         args.sizes, args.repeats, args.curve, args.dim = ["quick"], 2, min(args.curve, 16384), min(args.dim, 512)
-    torch.set_num_threads(args.threads)
-    payload = {"threads": args.threads, "repeats": args.repeats, "cpu": [], "curve": [], "gpu": []}
-    machine = sanitised(args.machine or machine_name(args.devices[-1]))
-    folder = {"folder": args.out} if args.out else {}
-    for size in args.sizes if "cpu" in args.devices else []:
-        payload["cpu"].append(measure(size, args.dim, args.repeats, args.threads))
+    payload = {"threads": torch.get_num_threads(), "repeats": args.repeats, "cpu": [], "curve": []}
+    for size in args.sizes:
+        payload["cpu"].append(measure(size, args.dim, args.repeats))
         print(table(payload["cpu"][-1]), flush=True)
-        worst = max(payload["cpu"][-1]["largest_difference"].values(), default=0)
-        print(f"Largest difference from our mAP and rank-1: {worst:.1e}\n", flush=True)
-        write_result("evaluator", payload, machine, **folder)  # what is there is kept, whatever comes
-    if args.curve and "cpu" in args.devices:
-        payload["curve"] = curve(args.curve, min(args.dim, 512), 5, args.threads)
-        print(curve_table(payload["curve"]), "\n", flush=True)
-    for size in args.sizes if "cuda" in args.devices else []:
-        payload["gpu"].append(measure_gpu(size, args.dim, max(args.repeats, 5)))
-        print(f"On the GPU, {table(payload['gpu'][-1])}\n", flush=True)
-        write_result("evaluator", payload, machine, **folder)
-    print(f"-> {write_result('evaluator', payload, machine, **folder).name}")
+        if not args.quick:  # what is there is kept, whatever comes
+            write_result("evaluator", payload, args.machine or machine_name())
+    if args.curve:
+        payload["curve"] = curve(args.curve, min(args.dim, 512))
+        print(curve_table(payload["curve"]))
+    if not args.quick:
+        print(f"-> {write_result('evaluator', payload, args.machine or machine_name()).name}")
 
 
 if __name__ == "__main__":

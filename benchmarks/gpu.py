@@ -6,9 +6,10 @@
 
     check        the tests marked gpu: the CPU's numbers, memory that runs out, resuming bit for bit, no waiting
     evaluator    rank_metrics beside the product alone, a sort on the GPU and torchreid's way, at three sizes; memory
+    decoding     images/s into the store, by number of threads
     training     images/s of real epochs of train.py beside the bare loop: precisions, decoding, compiling, checkpoints
     losses       forward + backward of each loss at 64 x 2,048, and their share of a step of ResNet-50
-    reranking    k-reciprocal re-ranking at Market's size
+    reranking    k-reciprocal re-ranking at Market's size and MSMT17's
     comparison   every row of the results table on generated pedestrians, several trainings at a time on the one GPU
 
 Each part runs in a process of its own and gets its share of the minutes that are left; one that fails or takes longer
@@ -42,28 +43,29 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]  # has a losses.py, too
 
-import train  # noqa: E402
-from benchmarks.evaluator import SIZES, by_sort, product  # noqa: E402
+from benchmarks import steps  # noqa: E402
+from benchmarks.evaluator import SIZES, by_sort, draw, product  # noqa: E402
 from benchmarks.losses import milliseconds as in_turns  # noqa: E402
-from benchmarks.losses import one_step, synchronize  # noqa: E402
-from benchmarks.machine import RESULTS, machine_name, write_result  # noqa: E402
-from data.augment import flip  # noqa: E402
-from data.images import TrainingImages, default_workers, normalise  # noqa: E402
-from data.market1501 import FOLDERS, market1501  # noqa: E402
+from benchmarks.losses import one_step  # noqa: E402
+from benchmarks.losses import peak_mib as peak_of  # noqa: E402
+from benchmarks.machine import RESULTS, machine_name, milliseconds, synchronize, write_result  # noqa: E402
+from data.images import default_workers  # noqa: E402
+from data.market1501 import market1501  # noqa: E402
 from data.synthetic import generate  # noqa: E402
 from losses import LOSSES, ROWS, build_loss  # noqa: E402
-from models import build_model  # noqa: E402
 from utils.ranking import average, rank_metrics, rank_queries_from_distance  # noqa: E402
 from utils.reranking import rerank  # noqa: E402
 from utils.results import collect  # noqa: E402
 from utils.seed import set_backends  # noqa: E402
 
-SHARES = {"check": 80, "evaluator": 40, "training": 180, "losses": 45, "reranking": 25, "comparison": 300}  # of time
+# Shares of the time; in seconds, what each took on an H100 or a little more: the test of --compile alone takes half a
+# minute, a training row 10 to 25 s, drawing 751 people 17 s and 14 trainings at a time 75 s.
+SHARES = {"check": 110, "evaluator": 40, "decoding": 25, "training": 210, "losses": 50, "reranking": 25,
+          "comparison": 300}  # fmt: skip
 DEFAULT_EPOCHS = 5  # of the generated data set, whose recipe has its own milestones
 SMALL_SIZES = {"market": (40, 300, 10, 6, 30, 0.8), "msmt17": (60, 400, 20, 15, 0, 1.1)}
 GOALS = {"market": 25, "msmt17": 250}  # milliseconds, on an H100 or H200
 GOAL_SHARE, GOAL_SPEED = 0.95, 3000  # of the bare loop; images/s of ResNet-50 in bfloat16
-PRECISIONS = {"float32": ["--no-tf32"], "TF32": ["--tf32"], "bfloat16": ["--amp"]}  # train.py's flags
 
 
 def say(text: str) -> None:
@@ -74,34 +76,9 @@ def say(text: str) -> None:
 START = time.perf_counter()
 
 
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the waiting for its results included."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - start)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
     """The most memory of the GPU that a call holds on top of what was there; None on a CPU."""
-    if device.type == "cpu":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 2)
-
-
-def use_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    return round(peak_of(call, device), 2) if device.type == "cuda" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
@@ -123,31 +100,9 @@ def check(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
 
 
 def draw_embeddings(device: torch.device, D: int, size: tuple) -> list[Tensor]:
-    """The six arrays of rank_metrics as benchmarks/evaluator.py makes them, on the device, where it takes seconds."""
-    Q, G, people, cameras, strange, noise = size
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
-    def numbers(most: int, count: int) -> Tensor:
-        return torch.randint(most, (count,), generator=generator, device=device)
-
-    looks = 0.8 * normal(40, 48)[numbers(40, people + 1)] + normal(people + 1, 48)  # families of similar people
-    camera, to_embedding = 0.35 * normal(cameras, 48), normal(48, D) / math.sqrt(48)
-    arrays = []
-    for count, strangers in ((Q, 0), (G, strange)):
-        pids = torch.cat([numbers(1, strangers), torch.arange(count - strangers, device=device) % people + 1])
-        pids = pids[torch.randperm(count, generator=generator, device=device)]
-        camids, embeddings = numbers(cameras, count), torch.empty(count, D, device=device)
-        for first in range(0, count, 32768):
-            part = slice(first, first + 32768)
-            look = torch.where((pids[part] > 0)[:, None], looks[pids[part]], 1.3 * normal(len(pids[part]), 48))
-            bad = noise * (0.45 * normal(len(look), 1)).exp()
-            look = look + camera[camids[part]] + bad * normal(len(look), 48)
-            embeddings[part] = torch.relu(look @ to_embedding + 0.5 + 0.3 * normal(len(look), D))
-        arrays += [embeddings, pids, camids]
-    return arrays
+    """The six arrays of rank_metrics, drawn on the device, where it takes seconds."""
+    parts = draw(D, *size, device=device, mixed=True)
+    return [array for _, pids, camids, blocks in parts for array in (torch.cat(list(blocks)), pids, camids)]
 
 
 def torchreids_way(query, query_pids, query_camids, gallery, gallery_pids, gallery_camids) -> dict[str, float]:
@@ -182,10 +137,10 @@ def time_ranking(size: str, numbers: tuple, D: int, device: torch.device) -> lis
                 def once(way=way, call=call) -> None:
                     found[way] = call(*(ids_on_cpu if call is rank_metrics else arrays)) or {}
 
-                use_tf32("TF32" in way)
+                set_backends(False, "TF32" in way)
                 elapsed = milliseconds(once, device)
                 times[way] += [elapsed] if turn else []
-    use_tf32(False)
+    set_backends(False, False)
     mine, alone = found["rank_metrics"], statistics.median(times["product alone"])
     for way, call in ways.items():
         median, metrics = statistics.median(times[way]), {key: found[way][key] for key in mine if key in found[way]}
@@ -222,163 +177,85 @@ def evaluator(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def part_of_pedestrians(args: argparse.Namespace, folder: Path) -> tuple[Path, int]:
-    """Generated training images for about 100 steps in Market's layout, 8 people in test, and the batch's people."""
-    p, num_ids = (2, 6) if args.small else (16, 400)
-    source = generate(args.data_dir or folder, num_ids=num_ids)
-    split = market1501(source, check_counts=False)
-    test_pids = sorted({record.pid for record in split.query})[:8]
-    for part in ("train", "query", "gallery"):
-        (folder / "part" / FOLDERS[part]).mkdir(parents=True)
-        for record in getattr(split, part):
-            if part == "train" or record.pid in test_pids:
-                (folder / "part" / FOLDERS[part] / record.path.name).symlink_to(record.path.resolve())
-    return folder / "part", p
+def pedestrians(args: argparse.Namespace, folder: Path) -> Path:
+    """Generated training images for about 100 steps in Market's layout, and 8 people in test."""
+    source = generate(args.data_dir or folder, num_ids=6 if args.small else 400)
+    steps.small_set(source, folder / "part", test_people=8)
+    return folder / "part"
 
 
-def bare_step(arch: str, size: tuple[int, int], p: int, C: int, amp: bool, compiled: bool, device: torch.device):
-    """A training step on a ready batch, as train.py builds it: the functions of its stages."""
-    model = build_model(arch).to(device, memory_format=torch.channels_last).train()
-    loss_fn = build_loss("softmax", C, model.embedding_dim).to(device).train()
-    parameters = [*model.parameters(), *loss_fn.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=3.5e-4, weight_decay=5e-4, fused=True)
-    images = torch.randn(4 * p, 3, *size, device=device).to(memory_format=torch.channels_last)
-    labels = torch.arange(p, device=device).repeat_interleave(4)
-    network = torch.compile(model) if compiled else model
-    state = {}
-
-    def forward() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            state["embeddings"] = network(images)
-
-    def loss() -> None:
-        state["loss"] = loss_fn(state["embeddings"], labels)
-
-    def backward() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        state["loss"].backward()
-
-    return {"forward": forward, "loss": loss, "backward": backward, "optimizer": optimizer.step}
+def archs_of(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    return {"resnet18": (64, 32)} if args.small else {"resnet50": (256, 128), "resnet18": (128, 64)}
 
 
-def time_bare_loop(stages: dict[str, Callable], steps: int, device: torch.device) -> tuple[float, dict[str, float]]:
-    """Seconds of a step; then, in further steps, the milliseconds of each stage, medians between events."""
-    for _ in range(5):
-        for stage in stages.values():
-            stage()
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        for stage in stages.values():
-            stage()
-    synchronize(device)
-    seconds = (time.perf_counter() - start) / steps
-    times = {name: [] for name in stages}
-    for _ in range(min(steps, 20)):
-        for name, stage in stages.items():
-            times[name].append(milliseconds(stage, device))
-    return seconds, {name: round(statistics.median(values), 3) for name, values in times.items()}
+def decoding(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
+    device, rows = torch.device(args.device), []
+    with tempfile.TemporaryDirectory() as folder:
+        records = market1501(pedestrians(args, Path(folder)), check_counts=False).train
+        paths = [record.path for record in records[:2000]]
+        for H, W in archs_of(args).values():
+            for threads in steps.THREADS:
+                speeds = [steps.decoding_speed(paths, (H, W), threads, device) for _ in range(3)]
+                row = {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}
+                rows.append({"height": H, "width": W, "threads": threads, **row})
+                write({"cores": os.cpu_count(), "images": len(paths), "rows": rows})
+    return tabulate([list(row.values()) for row in rows], ["height", "width", "threads", "images/s", "min", "max"])
 
 
-def real_epochs(flags: list[str], run_dir: Path, epochs: int, device: torch.device) -> dict:
-    """train.py in this process; the first epoch is the warm-up. Its TF32 setting stays for what is timed next."""
-    save, saving = train.save_checkpoint, []
-
-    def timed_save(*content) -> None:
-        start = time.perf_counter()
-        save(*content)
-        saving.append(time.perf_counter() - start)
-
+def training_row(job: steps.Job, images: Path) -> dict:
+    """Real epochs, and beside them the bare loop and its stages."""
+    device = torch.device(job.device)
     torch.compiler.reset()  # as in a new process
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    start, train.save_checkpoint = time.perf_counter(), timed_save
-    try:
-        train.main([*flags, "--epochs", str(epochs), "--run-dir", str(run_dir)])
-    finally:
-        train.save_checkpoint = save
-    log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    found = {
-        "images_per_second": statistics.median(line["images_per_second"] for line in log[1:]),
-        "warm_up_seconds": round(log[0]["seconds"] - statistics.median(line["seconds"] for line in log[1:]), 2),
-        "peak_mib": peak and round(peak),
-        "checkpoint_seconds": round(statistics.median(saving[:-1]), 3),  # the last one holds no optimizer
-        "checkpoint_mib": round((run_dir / "last.pt").stat().st_size / 2**20, 1),
+    start = time.perf_counter()
+    first, *later = steps.real_epochs(job, images, job.repeats + 1)
+    row = {
+        "images_per_second": statistics.median(line["images_per_second"] for line in later),
+        "warm_up_seconds": round(first["seconds"] - statistics.median(line["seconds"] for line in later), 2),
+        "peak_mib": round(steps.peak_memory(device)),
         "total_seconds": round(time.perf_counter() - start, 1),
     }
-    shutil.rmtree(run_dir)
-    return found
-
-
-def time_data(paths: list[Path], size: tuple[int, int], B: int, workers: int, device: torch.device) -> dict:
-    """Decoding all images once, images/s; and the milliseconds of a batch out of the store."""
-    start = time.perf_counter()
-    store = TrainingImages(paths, *size, device, workers=workers)
-    synchronize(device)
-    decoding = time.perf_counter() - start
-    place = store.stores[0].device
-    order, draws = torch.randint(len(paths), (B,)).to(place), torch.rand(B, 4).to(device)
-
-    def batch() -> None:
-        normalise(flip(store.stores[0].index_select(0, order).to(device), draws[:, 0]))
-
-    times = [milliseconds(batch, device) for _ in range(23)][3:]
-    return {"decoded_images_per_second": round(len(paths) / decoding), "data": round(statistics.median(times), 3)}
+    if job.cache == "off":
+        return row
+    records = market1501(images, check_counts=False).train
+    step = steps.bare_step(job, 1 + max(record.label for record in records))
+    steps.bare_loop(step, 5, device)  # the warm-up
+    bare = job.steps * job.batch_size / steps.bare_loop(step, job.steps, device)
+    stages = {"data": steps.data_stage([record.path for record in records], job), **step.stages}
+    return {**row, "bare_images_per_second": round(bare, 1), "share_of_bare_loop": row["images_per_second"] / bare,
+            "stages_ms": steps.stage_times(stages, 20, device), **steps.checkpoint_cost(step)}  # fmt: skip
 
 
 def training(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
-    device, rows, epochs = torch.device(args.device), [], 2 if args.small else 3
-    archs = {"resnet18": (64, 32)} if args.small else {"resnet50": (256, 128), "resnet18": (128, 64)}
-    jobs = [(arch, precision, "auto", False) for precision in reversed(PRECISIONS) for arch in archs]
-    jobs += [(arch, "bfloat16", "auto", True) for arch in archs if not args.small]
-    jobs += [(arch, "bfloat16", "off", False) for arch in archs]
-    failed = []
+    rows, lines, failed, archs = [], [], [], archs_of(args)
+    keys = ("images_per_second", "bare_images_per_second", "share_of_bare_loop", "peak_mib", "warm_up_seconds",
+            "checkpoint_seconds")  # fmt: skip
+    ways = [(precision, False, "auto") for precision in reversed(steps.PRECISIONS)]
+    ways += [("bfloat16", False, "off")] + ([] if args.small else [("bfloat16", True, "auto")])
     with tempfile.TemporaryDirectory() as folder:
-        images, p = part_of_pedestrians(args, Path(folder))
-        records = market1501(images, check_counts=False).train
-        steps, C = len(records) // (4 * p), 1 + max(record.label for record in records)
-        say(f"{len(records):,} training images: {steps} steps an epoch")
-        for arch, precision, cache, compiled in jobs:
-            H, W = archs[arch]
-            name = f"{arch} {H}x{W} {precision}" + " compiled" * compiled + ", decoded each epoch" * (cache == "off")
-            flags = {"loss": "softmax", "dataset": "market", "data-dir": images, "arch": arch, "weights": "none",
-                     "height": H, "width": W, "p": p, "k": 4, "device": device, "workers": args.workers,
-                     "cache": cache, "save-every": 0}  # fmt: skip
-            flags = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-            flags += [*PRECISIONS[precision], *["--compile"] * compiled]
+        images, p = pedestrians(args, Path(folder)), 2 if args.small else 16
+        num_steps = len(market1501(images, check_counts=False).train) // (p * steps.K)
+        say(f"{num_steps} steps an epoch")
+        for (precision, compiled, cache), arch in [(way, arch) for way in ways for arch in archs]:
+            repeats = 1 if args.small or cache == "off" else 2
+            job = steps.Job(arch, *archs[arch], precision, compiled, args.device, p, num_steps, repeats, args.workers,
+                            cache)  # fmt: skip
             try:
-                row = real_epochs(flags, Path(folder) / "run", 2 if cache == "off" else epochs, device)
-                if cache == "auto":
-                    bare = bare_step(arch, (H, W), p, C, precision == "bfloat16", compiled, device)
-                    seconds, stages = time_bare_loop(bare, steps, device)
-                    del bare  # its memory is not the next row's
-                    data = time_data([record.path for record in records], (H, W), 4 * p, args.workers, device)
-                    decoded = data.pop("decoded_images_per_second")
-                    row |= {"bare_images_per_second": round(4 * p / seconds, 1), "stages_ms": {**data, **stages},
-                            "share_of_bare_loop": round(row["images_per_second"] * seconds / (4 * p), 4),
-                            "decoded_images_per_second": decoded}  # fmt: skip
+                row = training_row(job, images)
             except (Exception, SystemExit):  # a wrong flag ends in SystemExit
-                failed.append(name)
-                print(f"{name} failed:\n{traceback.format_exc()[-1500:]}", flush=True)
-                shutil.rmtree(Path(folder) / "run", ignore_errors=True)
+                failed.append(str(job))
+                print(f"{job} failed:\n{traceback.format_exc()[-1500:]}", flush=True)
                 continue
-            rows.append({"arch": arch, "height": H, "width": W, "batch_size": 4 * p, "steps": steps,
-                         "precision": precision, "cache": cache, "compile": compiled, **row})  # fmt: skip
-            write({"workers": args.workers, "rows": rows})
-            say(f"{name}: {row['images_per_second']:.0f} images/s, {row.get('share_of_bare_loop')} of the bare loop")
-    lines = []
-    for r in rows:
-        name = f"{r['precision']}{' compiled' * r['compile']}{', decoded each epoch' * (r['cache'] == 'off')}"
-        stages = " ".join(f"{key} {value:.2f}" for key, value in r.get("stages_ms", {}).items())
-        lines.append([r["arch"], name, r["images_per_second"], r.get("bare_images_per_second"),
-                      r.get("share_of_bare_loop"), r["peak_mib"], r["warm_up_seconds"], r["checkpoint_seconds"],
-                      r.get("decoded_images_per_second"), stages])  # fmt: skip
-    headers = ["arch", "precision", "images/s", "bare loop", "share", "peak MiB", "warm-up s", "checkpoint s",
-               "decoded/s", "ms of each stage"]  # fmt: skip
-    table = tabulate(lines, headers, floatfmt=("", "", ".0f", ".0f", ".3f", ".0f", ".1f", ".2f", ".0f"))
+            rows.append({**job._asdict(), "batch_size": job.batch_size, **row})
+            write({"rows": rows})
+            stages = " ".join(f"{key} {value:.2f}" for key, value in row.get("stages_ms", {}).items())
+            lines.append([str(job), *(row.get(key) for key in keys), stages])
+            say(f"{job}: {row['images_per_second']:.0f} images/s")
+    headers = ["", "images/s", "bare loop", "share", "peak MiB", "warm-up s", "checkpoint s", "ms of each stage"]
+    table = tabulate(lines, headers, floatfmt=("", ".0f", ".0f", ".3f", ".0f", ".1f", ".2f"))
     table += f"\ngoals: {GOAL_SHARE} of the bare loop; ResNet-50 in bfloat16 more than {GOAL_SPEED:,} images/s"
     if failed:
         raise RuntimeError(f"{', '.join(failed)} failed, see above\n{table}")
@@ -392,9 +269,10 @@ def time_losses(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
     device, rows = torch.device(args.device), []
     B, D = (8, 16) if args.small else (64, 2048)
     arch, size = ("resnet18", (64, 32)) if args.small else ("resnet50", (256, 128))
-    set_backends(False)
     repeats = 3 if args.small else 15
-    network = 1000 * time_bare_loop(bare_step(arch, size, B // 4, 751, True, False, device), repeats, device)[0]
+    step = steps.bare_step(steps.Job(arch, *size, "bfloat16", device=args.device, p=B // 4), 751)
+    steps.bare_loop(step, 3, device)  # the warm-up
+    network = 1000 * steps.bare_loop(step, repeats, device) / repeats
     say(f"a bfloat16 step of {arch} takes {network:.2f} ms")
     embeddings = (30 * F.normalize(torch.rand(B, D, device=device))).requires_grad_()
     labels = torch.arange(B, device=device) // 4
@@ -464,7 +342,7 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
              "height": H, "width": W, "epochs": epochs, "workers": 2, "device": args.device}  # fmt: skip
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
     words += ["--amp"] if epochs == DEFAULT_EPOCHS else ["--amp", "--milestones", *thirds]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1" if args.small else "2"}
     waiting, running, slowest = list(jobs), {}, 0.0
     try:
         while waiting or running:
@@ -476,14 +354,14 @@ def wave(jobs: list[tuple[str, int]], epochs: int, args: argparse.Namespace, dat
                 run_dir = folder / f"synthetic{num_ids}_{row}_s{seed}"
                 command = [sys.executable, str(ROOT / "train.py"), "--loss", row, "--seed", str(seed), "--run-dir",
                            str(run_dir), *words]  # fmt: skip
-                with open(folder / f"{run_dir.name}.txt", "w") as log:
+                with open(folder / f"{run_dir.name}.txt", "w", encoding="utf-8") as log:
                     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
                 running[process] = row, seed, run_dir, time.perf_counter()
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
                 row, seed, run_dir, start = running.pop(process)
                 if process.returncode:
-                    text = (folder / f"{run_dir.name}.txt").read_text()[-1500:]
+                    text = (folder / f"{run_dir.name}.txt").read_text(encoding="utf-8")[-1500:]
                     print(f"{row}, seed {seed} failed ({process.returncode}):\n{text}", flush=True)
                     continue
                 slowest = max(slowest, time.perf_counter() - start)
@@ -513,7 +391,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
             ended = list(wave([(row, 0) for row in rows[: args.jobs]], 2, args, data_dir, folder / "short", deadline))
             if not ended:
                 raise RuntimeError("not even two epochs were finished")
-            logs = [(run_dir / "log.jsonl").read_text().splitlines() for *_, run_dir, _ in ended]
+            logs = [(run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines() for *_, run_dir, _ in ended]
             each = max(json.loads(lines[-1])["seconds"] for lines in logs)
             around = max(seconds for *_, seconds in ended) - 2 * each
             epochs = int(((deadline - time.perf_counter()) / math.ceil(len(rows) / args.jobs) - around) / (1.1 * each))
@@ -522,7 +400,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
         seeds = 1 if args.small else 20  # as many as fit
         jobs = [(row, seed) for seed in range(seeds) for row in rows]
         for row, seed, run_dir, seconds in wave(jobs, epochs, args, data_dir, folder, deadline):
-            found[row][seed] = json.loads(collect(run_dir, args.out).read_text())
+            found[row][seed] = json.loads(collect(run_dir, args.out).read_text(encoding="utf-8"))
             shutil.rmtree(run_dir)
             scores = {key: found[row][seed][key] for key in ("rank1", "mAP")}
             say(f"{row}, seed {seed}: rank-1 {scores['rank1']:.1%}, mAP {scores['mAP']:.1%}, {seconds:.0f} s")
@@ -542,7 +420,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-PARTS = {"check": check, "evaluator": evaluator, "training": training, "losses": time_losses,
+PARTS = {"check": check, "evaluator": evaluator, "decoding": decoding, "training": training, "losses": time_losses,
          "reranking": time_reranking, "comparison": comparison}  # fmt: skip
 
 
@@ -561,7 +439,7 @@ def run_part(part: str, argv: list[str], seconds: float, folder: Path) -> tuple[
         except ProcessLookupError:
             pass
         process.wait()
-    text = table.read_text() if table.is_file() else ""
+    text = table.read_text(encoding="utf-8") if table.is_file() else ""
     if code is None:
         return False, f"STOPPED after its {seconds:.0f} s; what it measured until then is in its file"
     return code == 0, text or f"FAILED with exit code {code}, see above"
@@ -575,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--minutes", type=float, default=9, help="for all parts together (default: 9)")
     add("--small", action="store_true", help="tiny sizes, to try every line")
     add("--device", default="cuda", help="default: cuda")
-    add("--workers", type=int, default=default_workers(), help="threads that decode (default: all cores, at most 16)")
+    add("--workers", type=int, default=default_workers(), help="threads that decode (default: the cores, at most 4)")
     add("--data-dir", type=Path, help="where the generated pedestrians are kept (default: drawn anew)")
     add("--jobs", type=int, default=6, help="trainings at a time in the comparison (default: 6)")
     add("--comparison-epochs", type=int, default=DEFAULT_EPOCHS, help="0: as many as fit for one seed")
@@ -592,17 +470,19 @@ def main(argv: list[str] | None = None) -> None:
         def write(payload: dict) -> None:
             write_result(name, payload, args.machine or machine_name(args.device), args.out)
 
-        use_tf32(False)
+        set_backends(False, False)
         try:
             text = PARTS[args.one](args, write)
         except Exception as error:
             traceback.print_exc()
-            Path(args.table).write_text(f"FAILED: {error}\n")
+            Path(args.table).write_text(f"FAILED: {error}\n", encoding="utf-8")
             sys.exit(1)
-        Path(args.table).write_text(text + "\n")
+        Path(args.table).write_text(text + "\n", encoding="utf-8")
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU: --device cpu --small tries every line without one")
+    if args.small:  # on a busy machine two threads that wait for each other took 20 times as long as one
+        os.environ["OMP_NUM_THREADS"] = "1"
     deadline, texts, fine = START + 60 * args.minutes, {}, True
     for number, part in enumerate(args.parts):
         share = 1 if args.small else SHARES[part] / sum(SHARES[other] for other in args.parts[number:])

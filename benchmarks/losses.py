@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=ROOT / "results" / "benchmarks", help="folder of the JSON file")
     args = parser.parse_args(argv)
     if args.show:
-        print(readme_table(json.loads(args.show.read_text())))
+        print(readme_table(json.loads(args.show.read_text(encoding="utf-8"))))
         return
     args.batch_sizes = args.batch_sizes or ([64] if args.quick else [32, 64, 128, 160])
     args.num_classes = args.num_classes or ([751] if args.quick else [751, 10_000])

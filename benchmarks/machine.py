@@ -1,9 +1,17 @@
-"""Where a benchmark ran, and where its numbers go: results/benchmarks/NAME_MACHINE.json."""
+"""What the benchmarks share: the machine's name, calls that are timed, processes of their own, and where numbers go.
+
+Numbers go to results/benchmarks/NAME_MACHINE.json.
+"""
 
 import json
 import platform
 import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -18,7 +26,8 @@ def machine_name(device: str | torch.device = "cpu") -> str:
     if torch.device(device).type == "cuda":
         return sanitised(torch.cuda.get_device_name(device))
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.M) if cpuinfo.is_file() else None
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.M)
     name = found[1] if found else f"{platform.system()} {platform.machine()}"
     return sanitised(f"{name} {torch.get_num_threads()} threads")
 
@@ -37,3 +46,32 @@ def write_result(name: str, payload: dict, machine: str | None = None, folder: P
     content = {"benchmark": name, "machine": machine, "torch": torch.__version__, "commit": current_commit(), **payload}
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def in_a_process(function: Callable, *arguments):
+    """function(*arguments) in a new process, so that its memory is its own and nothing is warm from what was before."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, the waiting for its results included."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}

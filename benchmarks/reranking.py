@@ -22,9 +22,6 @@ Prints tables and writes results/benchmarks/reranking_MACHINE.json.
 
 import argparse
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,10 +32,10 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
 
 from benchmarks import evaluator  # noqa: E402
-from benchmarks.machine import machine_name, sanitised, write_result  # noqa: E402
+from benchmarks.machine import in_a_process, machine_name, spread, write_result  # noqa: E402
 from utils.ranking import metrics_from_distance  # noqa: E402
 from utils.reranking import rerank  # noqa: E402
 
@@ -153,38 +150,25 @@ def timed(way: str, arrays: list, scored: bool = True) -> dict:
     return found
 
 
-def work(task: dict) -> dict:
-    """In a new process: the ways by turns, with their times and numbers, or one way alone, with its memory."""
-    torch.set_num_threads(task["threads"])
-    cuda = task["device"] != "cpu"
-    arrays = [array.to(task["device"]) for array in evaluator.load(Path(task["folder"]))]
-    small = [array[:300] for array in arrays]
-    found = {}
-    for way in task["ways"]:
+def times_of(ways: list[str], folder: Path, device: str, repeats: int) -> dict[str, dict]:
+    """The ways by turns, with their times and numbers, or what is missing."""
+    arrays = [array.to(device) for array in evaluator.load(folder)]
+    found, first = {}, {}
+    for way in ways:
         try:
-            timed(way, small, scored=False)  # libraries are loaded and threads started before anything is measured
+            timed(way, [array[:300] for array in arrays], scored=False)  # libraries are loaded, threads started
             found[way] = {"seconds": [], "cpu_seconds": []}
         except ImportError as error:
             found[way] = {"missing": f"not installed ({getattr(error, 'name', None) or error})"}
-    if task["memory"]:
-        (way,) = task["ways"]
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            timed(way, arrays, scored=False)
-            return {"extra_gib": (torch.cuda.max_memory_allocated() - before) / GIB}
-        with evaluator.Memory() as memory:
-            timed(way, arrays, scored=False)
-        return {"extra_gib": memory.extra / GIB}
-    first = {}
-    for turn in range(task["repeats"] + cuda):  # on a GPU the first is to warm up
+    warm_up = device != "cpu"
+    for turn in range(repeats + warm_up):
         for way, row in found.items():
             if "missing" in row or sum(row["seconds"]) > SLOW:
                 continue
             result = timed(way, arrays, scored=turn == 0)
             if turn == 0 and "metrics" in result:
                 row["metrics"], first[way] = result["metrics"], result["first"]
-            if turn >= cuda:
+            if turn >= warm_up:
                 row["seconds"].append(result["seconds"])
                 row["cpu_seconds"].append(result["cpu_seconds"])
     mine = first["this re-ranking"]
@@ -195,42 +179,38 @@ def work(task: dict) -> dict:
     return found
 
 
-def run(**task) -> dict:
-    """work(task) in a new process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--work", json.dumps(task)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(task["threads"])},
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{', '.join(task['ways'])} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def memory_of(way: str, folder: Path, device: str) -> float:
+    """GiB of one way alone."""
+    arrays = [array.to(device) for array in evaluator.load(folder)]
+    timed(way, [array[:300] for array in arrays], scored=False)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(way, arrays, scored=False)
+        return (torch.cuda.max_memory_allocated() - before) / GIB
+    with evaluator.Memory() as memory:
+        timed(way, arrays, scored=False)
+    return memory.extra / GIB
 
 
-def measure(device, sizes, repeats: int = 3, dim: int = 2048, threads: int | None = None) -> list[dict]:
-    """A row of results for each of the sizes (names of SIZES) on "cpu" or "cuda"."""
-    results = []
-    for size in sizes:
-        queries, images = SIZES[size][:2]
-        ways = [way for way in WAYS if way not in DENSE or (str(device) == "cpu" and images <= SIZES["market"][1])]
-        result = {"size": size, "query": queries, "gallery": images, "dim": dim, "device": str(device), "ways": {}}
-        with tempfile.TemporaryDirectory() as folder:
-            evaluator.generate(Path(folder), dim, *SIZES[size])
-            common = {"folder": folder, "device": str(device), "threads": threads or torch.get_num_threads()}
-            rows = run(ways=ways, repeats=repeats, memory=False, **common)
-            for way, row in rows.items():
-                if "missing" not in row:
-                    row.update(run(ways=[way], repeats=1, memory=True, **common))
-                    for key in ("seconds", "cpu_seconds"):
-                        row[key] = evaluator.spread(row[key])
-        mine = rows["this re-ranking"]
-        for row in rows.values():
-            if "metrics" in row:
-                row["map_difference"] = abs(row["metrics"]["mAP"] - mine["metrics"]["mAP"])
+def measure(size: str, device: str = "cpu", repeats: int = 3, dim: int = 2048) -> dict:
+    """A row of results for one of SIZES on "cpu" or "cuda"."""
+    queries, images = SIZES[size][:2]
+    ways = [way for way in WAYS if way not in DENSE or (device == "cpu" and images <= SIZES["market"][1])]
+    with tempfile.TemporaryDirectory() as folder:
+        evaluator.generate(Path(folder), dim, *SIZES[size])
+        rows = in_a_process(times_of, ways, Path(folder), device, repeats)
+        for way, row in rows.items():
             if "seconds" in row:
-                row["times_ours"] = row["seconds"]["median"] / mine["seconds"]["median"]
-        result["ways"] = rows
-        results.append(result)
-    return results
+                row["extra_gib"] = in_a_process(memory_of, way, Path(folder), device)
+                row["seconds"], row["cpu_seconds"] = spread(row["seconds"]), spread(row["cpu_seconds"])
+    mine = rows["this re-ranking"]
+    for row in rows.values():
+        if "metrics" in row:
+            row["map_difference"] = abs(row["metrics"]["mAP"] - mine["metrics"]["mAP"])
+        if "seconds" in row:
+            row["times_ours"] = row["seconds"]["median"] / mine["seconds"]["median"]
+    return {"size": size, "query": queries, "gallery": images, "dim": dim, "device": device, "ways": rows}
 
 
 # ---- Tables ----
@@ -289,36 +269,25 @@ def verdict(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     default = [size for size in SIZES if size != "quick"]
     add("--sizes", nargs="+", choices=SIZES, default=default, help="sizes to measure")
     add("--repeats", type=int, default=3, help=f"turns of each way, fewer once it took {SLOW} s in all")
     add("--dim", type=int, default=2048, help="width of the embeddings")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     add("--quick", action="store_true", help="a tenth of Market, one turn; writes nothing")
     add("--machine", help="name of this machine in the file's name (default: that of the processor or GPU)")
-    add("--out", type=Path, help="folder for the result (default: results/benchmarks)")
-    add("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.work:
-        print(json.dumps(work(json.loads(args.work))))
-        return
     if args.quick:
         args.sizes, args.repeats, args.dim = ["quick"], 1, min(args.dim, 512)
-    torch.set_num_threads(args.threads)
-    machine = sanitised(args.machine or machine_name(args.device))
-    folder = {"folder": args.out} if args.out else {}
-    payload = {"threads": args.threads, "repeats": args.repeats, "results": []}
+    payload = {"threads": torch.get_num_threads(), "repeats": args.repeats, "results": []}
     for size in args.sizes:
-        payload["results"] += measure(args.device, [size], args.repeats, args.dim, args.threads)
+        payload["results"].append(measure(size, args.device, args.repeats, args.dim))
         print(table(payload["results"][-1]), "\n", flush=True)
-        if not args.quick:
-            path = write_result("reranking", payload, machine, **folder)  # what is there is kept, whatever comes
-    print(growth(payload["results"]))
-    for line in filter(None, map(verdict, payload["results"])):
-        print(line)
+        if not args.quick:  # what is there is kept, whatever comes
+            path = write_result("reranking", payload, args.machine or machine_name(args.device))
+    print("\n".join([growth(payload["results"]), *filter(None, map(verdict, payload["results"]))]))
     if not args.quick:
         print(f"-> {path.name}")
 

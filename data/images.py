@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.augment import ATTEMPTS, erasing_boxes, flip, pad_crop, random_crop, random_erasing
+from utils.distributed import local_world_size
 from utils.errors import UserError
 from utils.seed import mix_seed
 
@@ -59,9 +60,9 @@ def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
 
 
 def default_workers() -> int:
-    """Threads that decode, unless a flag says otherwise: the cores this process may use, at most 16."""
+    """Threads that decode, unless a flag says otherwise: this process's share of the cores, at most 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)  # Python's own lock holds back more
+    return max(min(cores // local_world_size(), 4), 1)  # Pillow holds Python's lock at times: 8 gain nothing
 
 
 def decode_batches(
@@ -125,7 +126,7 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as lines:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # no Linux
         if hasattr(os, "sysconf"):
@@ -140,7 +141,7 @@ def _room_in_control_groups(proc: Path = Path("/proc"), root: Path = Path("/sys/
     Version 2: memory.max and memory.current; version 1: memory/memory.limit_in_bytes and memory.usage_in_bytes.
     """
     try:
-        lines = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+        lines = [line.split(":", 2) for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return []
     rooms = []
@@ -152,9 +153,9 @@ def _room_in_control_groups(proc: Path = Path("/proc"), root: Path = Path("/sys/
         group = top / name.lstrip("/")
         for place in (group, *group.parents[: len(group.parts) - len(top.parts)]):  # an outer limit holds, too
             try:
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                stat = dict(line.split() for line in (place / "memory.stat").read_text(encoding="utf-8").splitlines())
                 cached = int(stat["total_inactive_file" if controllers else "inactive_file"])
-                most, used = (int((place / f"memory.{what}").read_text()) for what in (limit, usage))
+                most, used = (int((place / f"memory.{what}").read_text(encoding="utf-8")) for what in (limit, usage))
             except (OSError, ValueError, KeyError):  # no limit ("max"), or no such group in this container
                 continue
             rooms.append(most - used + cached)
@@ -205,10 +206,11 @@ class TrainingImages:
         self.stores = None
         self.where = "files, decoded every epoch"
         if cache == "auto":
-            if self.num_bytes <= available_memory(device) // 2:
+            room = available_memory(torch.device("cpu")) // 2 // local_world_size()  # main memory is for all processes
+            if self.num_bytes <= (available_memory(device) // 2 if device.type != "cpu" else room):
                 self.where = str(device) if device.type != "cpu" else "main memory"
                 self._fill(device)
-            elif device.type != "cpu" and self.num_bytes <= available_memory(torch.device("cpu")) // 2:
+            elif device.type != "cpu" and self.num_bytes <= room:
                 self.where = "main memory"
                 self._fill(torch.device("cpu"))
 
@@ -223,20 +225,21 @@ class TrainingImages:
                 start += len(chunk[0])
                 bar.update(len(chunk[0]))
 
-    def batches(self, order: Tensor, seed: int, epoch: int) -> Iterator[Tensor]:
+    def batches(self, order: Tensor, seed: int, epoch: int, rows: slice = slice(None)) -> Iterator[Tensor]:
         """Normalised, augmented batches (B, 3, H, W) on the device, for the image numbers `order` (steps, B).
 
         Everything random is drawn from (seed, epoch) in one block whose row is the step: nothing in the loop waits
         for the device, and a step's pixels don't depend on how or when they were fetched.
+        rows: the images of each batch that are wanted, as if the others were cut off: one process's share.
         """
 
         def draw(which: int, count: int) -> Tensor:  # a generator for each kind: one more never moves another's draws
             generator = torch.Generator().manual_seed(mix_seed(seed, epoch, which))
-            return torch.rand(*order.shape, count, generator=generator)  # (steps, B, count)
+            return torch.rand(*order.shape, count, generator=generator)[:, rows]  # (steps, B, count)
 
         plain, places = draw(1, 4).to(self.device), draw(2, 2).to(self.device)
         boxes = erasing_boxes(draw(3, 3 + 2 * ATTEMPTS), self.erasing, *self.sizes[0]).to(self.device)  # (steps, B, 4)
-        for step, (images, *enlarged) in enumerate(self._raw_batches(order)):
+        for step, (images, *enlarged) in enumerate(self._raw_batches(order[:, rows])):
             if enlarged:
                 images = random_crop(images, enlarged[0], plain[step, :, 1:])
             if self.border:

@@ -59,7 +59,7 @@ def read_list(file: Path, images: Path, report: Report) -> list[Record]:
     if not file.exists():
         return []  # find_folder has told it
     records = []
-    for number, line in enumerate(file.read_text(errors="surrogateescape").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         if match := LINE.fullmatch(line.strip()):
             records.append(Record(images / match[1], pid=int(match[3]), camid=int(match[2])))
         elif line.strip():

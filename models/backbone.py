@@ -7,6 +7,7 @@ Everything else is torchvision's own, parameter names included, so that its stat
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,11 @@ from torch import Tensor, nn
 
 # two outputs in training; other layers after loading; no linear layer; square images only
 LEFT_OUT = ("googlenet", "inception", "mnasnet", "squeezenet", "maxvit")
-ARCHS = tuple(name for name in torchvision.models.list_models(torchvision.models) if not name.startswith(LEFT_OUT))
+CLASSIFIERS = [name for name in torchvision.models.list_models(torchvision.models) if not name.startswith(LEFT_OUT)]
+# one of your own: a function without arguments that builds a backbone with an attribute embedding_dim
+ARCHS: dict[str, Callable[[], nn.Module] | None] = {
+    **dict.fromkeys(CLASSIFIERS),
+}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # that can be in a file of weights
 # what DataParallel, torch.compile and other projects put in front of every name
 PREFIXES = ("module.", "_orig_mod.", "model.", "base.", "backbone.")
@@ -93,7 +98,39 @@ def build_model(
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}; known: {', '.join(ARCHS)}")
-    network = torchvision.models.get_model(arch, weights=None)
+    if (build := ARCHS[arch]) is None:
+        network = torchvision.models.get_model(arch, weights=None)
+        fit_to_images(network, arch, height, width)
+        change_last_stage(network, arch, last_stride, pool)
+        head = remove_head(network, neck)
+    elif (last_stride, pool, neck) != (2, "avg", "none"):
+        raise ValueError(f"{arch} is as its own function builds it: leave --last-stride, --pool and --neck out")
+    elif weights == "imagenet":
+        raise ValueError(f"there are no ImageNet weights of {arch}: pass --weights none or a file")
+    else:
+        network, head = build(), None
+    if weights == "imagenet":
+        load_state_dict(network, imagenet_state_dict(arch), head, f"torchvision's ImageNet weights of {arch}")
+    elif weights != "none":
+        path = Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"--weights {weights}: no such file; allowed are imagenet, none or a file")
+        print(f"{path}, for {arch}: {load_state_dict(network, read_state_dict(path), head, str(path))}")
+    return network
+
+
+def fit_to_images(network: nn.Module, arch: str, height: int, width: int) -> None:
+    """For a network that knows the size of its images, which are squares of 224 pixels as torchvision builds it."""
+    if isinstance(network, torchvision.models.VisionTransformer):
+        if height % network.patch_size or width % network.patch_size:
+            raise ValueError(f"{arch} needs --height and --width that are multiples of {network.patch_size}")
+        network.__class__ = VisionTransformer  # torchvision's functions, vit_b_16 and so on, build only their own
+        network.grid = height // network.patch_size, width // network.patch_size
+        positions = network.fit_positions(network.encoder.pos_embedding.detach())
+        network.encoder.pos_embedding = nn.Parameter(positions)
+
+
+def change_last_stage(network: nn.Module, arch: str, last_stride: int, pool: str) -> None:
     if (last_stride, pool) != (2, "avg") and not isinstance(network, torchvision.models.ResNet):
         raise ValueError(f"a last stride of 1 and GeM are for ResNets: with --arch {arch} --last-stride 2 --pool avg")
     if last_stride == 1:
@@ -104,14 +141,10 @@ def build_model(
         network.avgpool = GeneralizedMeanPool()
     elif getattr(getattr(network, "avgpool", None), "output_size", None) in (1, (1, 1)):
         network.avgpool = GlobalAveragePool()
-    if isinstance(network, torchvision.models.VisionTransformer):
-        if height % network.patch_size or width % network.patch_size:
-            raise ValueError(f"{arch} needs --height and --width that are multiples of {network.patch_size}")
-        network.__class__ = VisionTransformer  # torchvision's functions, vit_b_16 and so on, build only their own
-        network.grid = height // network.patch_size, width // network.patch_size
-        positions = network.fit_positions(network.encoder.pos_embedding.detach())
-        network.encoder.pos_embedding = nn.Parameter(positions)
 
+
+def remove_head(network: nn.Module, neck: str) -> str:
+    """Puts the embedding, and a neck, in the place of the last linear layer, whose name is returned."""
     modules = list(network.named_modules())
     last = max(i for i, (_, module) in enumerate(modules) if isinstance(module, nn.Linear))
     head, linear = modules[last]
@@ -123,15 +156,7 @@ def build_model(
         layers["neck"] = nn.BatchNorm1d(linear.in_features)
         layers["neck"].bias = None
     replace(network, head, nn.Sequential(OrderedDict(layers)))
-
-    if weights == "imagenet":
-        load_state_dict(network, imagenet_state_dict(arch), head, f"torchvision's ImageNet weights of {arch}")
-    elif weights != "none":
-        path = Path(weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"--weights {weights}: no such file; allowed are imagenet, none or a file")
-        print(f"{path}, for {arch}: {load_state_dict(network, read_state_dict(path), head, str(path))}")
-    return network
+    return head
 
 
 def replace(network: nn.Module, name: str, layer: nn.Module) -> None:
@@ -162,6 +187,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever is wrong with a foreign file, no code of it has run
+        if "GLOBAL numpy" in str(error):
+            raise ValueError(
+                f"{path} holds NumPy values beside its tensors (a best score, say), which can't be read safely: where "
+                "it was made, save the tensors alone, torch.save(model.state_dict(), 'weights.pth')"
+            ) from None
         raise ValueError(f"{path} is no file of plain tensors, read safely ({type(error).__name__})") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -171,30 +201,32 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def own_name(name: str, head: str) -> str:
-    """The name that a tensor has here. Known are those of
+def own_name(name: str, wanted: dict[str, Tensor], head: str | None) -> str:
+    """The name that a file's tensor has here, `wanted` being those of the network. Known are the names of
 
     torchvision; torchreid (`module.conv1.weight`, `module.classifier.weight`); reid-strong-baseline
     (`base.conv1.weight`, `bottleneck.weight`, `classifier.weight`); fast-reid (`backbone.conv1.weight`,
     `heads.bottleneck.0.weight`, `heads.pool_layer.p`, `heads.weight`); and a last.pt of train.py.
     """
-    while name.startswith(PREFIXES):
+    while name not in wanted and name.startswith(PREFIXES):
         name = name.split(".", 1)[1]
+    if name in wanted or head is None:
+        return name
     name = re.sub(r"^(heads\.)?(bottleneck(\.0)?|bnneck)\.", f"{head}.neck.", name)
     name = re.sub(r"^heads\.pool_layer\.", "avgpool.", name)
     return re.sub(r"(denselayer\d+\.(norm|conv))\.([12])\.", r"\1\3.", name)  # torchvision's own old files
 
 
-def load_state_dict(network: nn.Module, state_dict: dict[str, Tensor], head: str, source: str) -> str:
+def load_state_dict(network: nn.Module, state_dict: dict[str, Tensor], head: str | None, source: str) -> str:
     """Copies a file's tensors into `network` and says how many; changes nothing if any differs.
 
     A classifier in the file is left out, and so are a neck and GeM's exponent that the network lacks; those that only
-    the network has keep their first values. head: the name of the layer in the place of the network's classifier.
+    the network has keep their first values. head: the name of the layer in its classifier's place, if any.
     """
     found, left_out, problems = {}, [], []
     wanted = network.state_dict()
     for given, tensor in state_dict.items():
-        name = own_name(given, head)
+        name = own_name(given, wanted, head)
         if name not in wanted and name.startswith((f"{head}.", *HEADS, "avgpool.")):
             left_out.append(given)
             continue

@@ -1,7 +1,8 @@
-"""The script of all experiments and the search: what they would run, and what they do when a run ends, fails or hangs.
+"""The script of all experiments: what it would run, and what it does when a run ends, fails or is stopped.
 
-Where only the script's own logic is tested, a stand-in takes the place of the interpreter: it notes every call and
-writes the result that the test asks for. What train.py itself makes of the commands is tested with train.py.
+A stand-in takes the place of the interpreter: it notes every training and writes the result that the test asks for.
+Plan and table are the project's own, but where only what the script does with them is tested. With nothing replaced:
+the last test.
 """
 
 import json
@@ -16,60 +17,86 @@ from pathlib import Path
 
 import pytest
 
-import train
-from benchmarks import tune
+import utils.plan
 from data import load_dataset
-from losses import TWELVE, row_name
+from losses import ROWS, TWELVE, row_name
 from tests.conftest import write_tiny_market
-from utils.recipes import RECIPES
+from utils.flags import DEFAULTS, build_parser, new_run, run_name
+from utils.plan import ASSUMED, ASSUMED_SMALL, SET_BY, commands, estimate, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = f"""#!{sys.executable} -S
 import json, os, sys, time
+if sys.argv[1] == "-m" and os.path.exists("plan.txt"):
+    print(open("plan.txt").read() if sys.argv[2] == "utils.plan" else "the table", end="")
+    sys.exit()
 if sys.argv[1] == "-m":
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
-with open("calls.txt", "a") as file:
-    file.write(" ".join(sys.argv[1:]) + "\\n")
 value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
-if value("--loss") in os.environ.get("FAILING", "").split():
+loss = value("--loss")
+with open("calls.txt", "a") as file:
+    file.write(" ".join([os.environ.get("OMP_NUM_THREADS", "-"), *sys.argv[1:]]) + "\\n")
+if loss in os.environ.get("FAILING", "").split():
     sys.exit("train.py: no good")
-if value("--loss") in os.environ.get("HANGING", "").split():
+if loss in os.environ.get("HANGING", "").split():
     try:
         open("hanging", "w").close()
         time.sleep(60)
     except KeyboardInterrupt:
         sys.exit(int(os.environ["EXIT_CODE"]))
-os.makedirs(value("--run-dir"), exist_ok=True)
-args = dict(dataset=value("--dataset"), recipe="controlled", seed=int(value("--seed")), arch="resnet18", weights="none",
-            height=128, width=64, epochs=1, amp=True, synthetic_ids=150)
-args |= dict(explicit=dict(loss=value("--loss"), dataset=value("--dataset")), environment=dict(device="none"))
-log = [dict(epoch=1, loss=1.0, seconds=30.0)]
-row = value("--loss").replace("0.5*", "")
-with open(value("--run-dir") + "/result.json", "w") as file:
-    json.dump(dict(rank1=0.5, mAP=0.25, row=row, args=args, log=log), file)
+folder = "runs/synthetic_" + loss.replace("*", "x") + "_s" + value("--seed")
+os.makedirs(folder, exist_ok="--resume" in sys.argv)
+if loss not in os.environ.get("HALF", "").split():
+    result = json.load(open("results.json"))[loss]
+    result["args"]["seed"] = int(value("--seed"))
+    with open(folder + "/result.json", "w") as file:
+        json.dump(result, file)
 """
+SETTINGS = ("DATASETS", "LOSSES", "SEEDS", "DRY_RUN", "DATA_DIR", "JOBS", "SHARE", "PYTHON")
+
+
+def made_up(loss, seed=0, seconds=30.0):
+    """What train.py writes at the end of a run on the generated set."""
+    args = new_run({"loss": loss, "dataset": "synthetic", "seed": seed}) | {"environment": {}}
+    log = [{"epoch": 1, "loss": 1.0, "seconds": seconds}]
+    return {"rank1": 0.5, "mAP": 0.25, "row": row_name(loss), "args": args, "log": log}
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with the script and what it calls, and no results; `python` is the stand-in."""
+    """What someone has who cloned the project, with two finished runs that are checked in, of arcface, of 100 and
+    200 s; `python` is the stand-in."""
     folder = tmp_path / "check out"
-    (folder / "utils").mkdir(parents=True)
-    for name in ("experiments.sh", "utils/results.py", "utils/recipes.py", "utils/files.py"):
-        shutil.copy(ROOT / name, folder / name)
+    (folder / "results/runs").mkdir(parents=True)
+    for seed, seconds in ((0, 100.0), (1, 200.0)):
+        (folder / f"results/runs/{seed}.json").write_text(json.dumps(made_up("arcface", seed, seconds)))
+    shutil.copy(ROOT / "experiments.sh", folder)
+    for name in ("utils", "losses", "models", "data"):
+        (folder / name).symlink_to(ROOT / name)
+    losses = ("softmax", "triplet", "npair", "arcface", "softmax+0.5*triplet")
+    (folder / "results.json").write_text(json.dumps({loss: made_up(loss) for loss in losses}))
     (folder / "python").write_text(STAND_IN)
     (folder / "python").chmod(0o755)
     return folder
 
 
+def write_plan(checkout, losses, seeds="0"):
+    """Instead of the project's plan: these commands; and instead of the table the words "the table"."""
+    lines = [f"./python train.py --loss '{loss}' --dataset synthetic --seed {seed}\n"
+             for seed in seeds.split() for loss in losses.split()]  # fmt: skip
+    (checkout / "plan.txt").write_text("".join(lines))
+
+
+def clean_environment(**more):
+    return {key: value for key, value in os.environ.items() if key not in (*SETTINGS, "OMP_NUM_THREADS")} | more
+
+
 def start(checkout, *flags, cwd=None, **environment):
-    names = ("DATASETS", "LOSSES", "SEEDS", "QUICK", "DRY_RUN", "DATA_DIR")
-    clean = {key: value for key, value in os.environ.items() if key not in names}
     return subprocess.Popen(
         ["bash", str(checkout / "experiments.sh"), *flags],
         cwd=cwd or checkout,
-        env={**clean, "PYTHON": str(checkout / "python"), **environment},
+        env=clean_environment(**{"PYTHON": str(checkout / "python"), **environment}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -85,22 +112,43 @@ def run(checkout, *flags, **options):
 
 
 def calls(checkout):
-    return (checkout / "calls.txt").read_text().splitlines() if (checkout / "calls.txt").exists() else []
+    """The words of each training that was begun: (threads, train.py, flags)."""
+    file = checkout / "calls.txt"
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def trained(checkout):
+    """Which losses, in their order."""
+    return [words[words.index("--loss") + 1] for words in calls(checkout)]
 
 
 def finished(checkout):
-    return sorted(path.stem for path in (checkout / "results/runs").glob("*.json"))
+    return sorted(path.parent.name for path in (checkout / "runs").glob("*/result.json"))
+
+
+def flags_of(line):
+    """The flags in a printed command, as train.py understands them; and that it is one."""
+    words = [word for word in shlex.split(line) if not word.startswith(("OMP_NUM_THREADS=", "CUDA_VISIBLE_DEVICES="))]
+    assert words[1] == "train.py"
+    explicit = vars(build_parser().parse_args(words[2:]))
+    explicit.pop("resume", None)
+    return explicit
 
 
 def names(out):
-    """Run names in the commands that a dry run prints."""
-    return [Path(shlex.split(line)[shlex.split(line).index("--run-dir") + 1]).name for line in out.splitlines()]
+    """The run folders of the commands that a dry run prints."""
+    return [run_name(new_run(flags_of(line))) for line in out.splitlines()]
 
 
 def dry(checkout, *flags, **environment):
     code, out, err = run(checkout, *flags, DRY_RUN="1", **environment)
     assert code == 0, err
     return out, err
+
+
+def planned(*flags, **environment):
+    """The names of the runs that utils.plan makes of flags and environment."""
+    return [run_name(args) for args in plan(list(flags), environment)]
 
 
 # ---------------------------------------------------------------------------------------------------- what is to be run
@@ -120,92 +168,137 @@ def market_and_duke(tmp_path):
     return root
 
 
-def test_the_full_table_for_market_and_duke_parses(checkout, market_and_duke):
+def test_the_full_table_for_market_and_duke(checkout, market_and_duke):
     """With both data sets and nothing else: every loss x data set x 5 seeds, each command understood by train.py, its
     flags resolved and its data found."""
     out, err = dry(checkout, DATA_DIR=str(market_and_duke))
     seen = []
     for line in out.splitlines():
-        words = shlex.split(line)
-        assert words[0] == str(checkout / "python") and words[1] == "train.py"
-        explicit = vars(train.build_parser().parse_args(words[2:]))
-        args = train.resolve_flags({key: value for key, value in explicit.items() if key != "run_dir"})
+        assert shlex.split(line)[0] == str(checkout / "python") and "--resume" not in line
+        args = new_run(flags_of(line))
         assert (args["arch"], args["height"], args["epochs"], args["recipe"]) == ("resnet50", 256, 60, "controlled")
-        row = row_name(args["loss"])
-        assert explicit["run_dir"] == Path(f"runs/{args['dataset']}_{row}_s{args['seed']}")
-        seen.append((args["seed"], args["dataset"], row))
+        seen.append((args["seed"], args["dataset"], row_name(args["loss"])))
     assert seen == [(seed, dataset, row) for seed in range(5) for dataset in ("market", "duke") for row in TWELVE]
     for dataset in ("market", "duke"):
         with pytest.warns(UserWarning, match="not the complete data set"):
             assert len(load_dataset(dataset, args["data_dir"]).train) == 2
-    assert "120 runs, about 40.0 h of training" in err and "120 by assumption: 20 minutes" in err
-    assert not calls(checkout) and not (checkout / "results").exists()
+    assert "120 runs, 0 of them finished before; 120 to do: about 40.0 h of training" in err
+    assert "(120 by assumption: 20 minutes a run" in err and ASSUMED[0] == 1200
+    assert not calls(checkout) and not (checkout / "runs").exists()
 
 
-def test_one_of_the_two_is_enough(checkout, market_and_duke):
+def test_one_of_the_two_is_enough(market_and_duke):
     shutil.rmtree(market_and_duke / "market1501")
-    out, _ = dry(checkout, DATA_DIR=str(market_and_duke), SEEDS="0", LOSSES="arcface")
-    assert names(out) == ["duke_arcface_s0"]
+    assert planned(DATA_DIR=str(market_and_duke), SEEDS="0", LOSSES="arcface") == ["duke_arcface_s0"]
 
 
-def test_without_market_and_duke_it_says_so_and_takes_the_generated_set(checkout):
+def test_a_fresh_clone_trains(checkout):
+    """Without any data set: the generated one by its own recipe, and one seed. What others have trained is looked at
+    for the estimate only: their two runs are of arcface, but of the same setting as all."""
     out, err = dry(checkout)
-    assert "Neither Market-1501 nor DukeMTMC-reID is under datasets" in err
-    assert names(out) == [f"synthetic_{row}_s0_quick" for row in TWELVE]
-    for line in out.splitlines():
-        args = train.resolve_flags(vars(train.build_parser().parse_args(shlex.split(line)[2:])))
-        assert (args["dataset"], args["arch"], args["weights"]) == ("synthetic", "resnet18", "none")
-        assert (args["height"], args["width"], args["data_dir"]) == (128, 64, "datasets")
-        assert args["epochs"] < 60
-    assert "12 by assumption: 3 minutes" in err
-    out, _ = dry(checkout, SEEDS="1 2", LOSSES="npair")
-    assert names(out) == ["synthetic_npair_s1_quick", "synthetic_npair_s2_quick"]
+    assert "Neither Market-1501 nor DukeMTMC-reID is there: generated pedestrians, one seed." in err
+    assert names(out) == [f"synthetic_{row}_s0" for row in TWELVE]
+    assert all(flags_of(line).keys() == {"loss", "dataset", "seed"} for line in out.splitlines())
+    assert "12 runs, 0 of them finished before; 12 to do: about 30.0 min of training (12 by finished runs" in err
+
+
+def test_all_losses_and_other_seeds(tmp_path):
+    nowhere = {"DATA_DIR": str(tmp_path), "LOSSES": "npair"}
+    assert planned(**nowhere, SEEDS="1 2") == ["synthetic_npair_s1", "synthetic_npair_s2"]
+    assert planned(LOSSES="all", DATASETS="synthetic", SEEDS="0") == [f"synthetic_{row}_s0" for row in ROWS]
+    assert planned(DATASETS="synthetic", SEEDS="0") == [f"synthetic_{row}_s0" for row in TWELVE]
 
 
 def test_lists_from_the_environment(checkout):
     (checkout / "softmax+0.5 or triplet").touch()  # a file that a shell would take the expression for
-    out, err = dry(checkout, DATASETS="synthetic market", LOSSES="softmax+0.5*triplet npair", SEEDS="3")
-    assert names(out) == [f"{dataset}_{loss}_s3" for dataset in ("synthetic", "market")
+    out, err = dry(checkout, DATASETS="synthetic market+duke", LOSSES="softmax+0.5*triplet npair", SEEDS="3")
+    assert names(out) == [f"{dataset}_{loss}_s3" for dataset in ("synthetic", "market+duke")
                           for loss in ("softmax+0.5xtriplet", "npair")]  # fmt: skip
-    assert "--loss softmax+0.5\\*triplet" in out and "resnet18" not in out and "Neither" not in err
+    assert "Neither" not in err
+
+
+def test_further_flags_reach_train(checkout):
+    given = ["--recipe", "published", "--milestones", "4", "8", "--amp", "--loss-args", "margin=0.2", "--workers", "2"]
+    (line,) = dry(checkout, *given, DATASETS="market", LOSSES="arcface", SEEDS="0")[0].splitlines()
+    explicit = flags_of(line)
+    wanted = {"loss": "arcface", "dataset": "market", "seed": 0, **vars(build_parser().parse_args(given))}
+    assert explicit == wanted
+    assert run_name(new_run(explicit)) == "market_arcface_s0_published_milestones-4-8_amp_loss-args-margin=0.2"
+
+
+@pytest.mark.parametrize("share", range(1, 9))
+def test_machines_that_share_the_work(share):
+    """Each run belongs to exactly one of them, and their numbers differ by one at most."""
+    settings = {"DATASETS": "market duke", "SEEDS": "0 1", "LOSSES": "all"}
+    parts = [planned(**settings, SHARE=f"{part}/{share}") for part in range(1, share + 1)]
+    assert sorted(name for part in parts for name in part) == sorted(planned(**settings))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("share", ["0/8", "9/8", "2", "2/", "/8", "a/b", "-1/8", "1/8/8", " 1/8"])
+def test_a_share_that_is_none(share, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        planned(DATASETS="market", SHARE=share)
+    assert stopped.value.code == 2 and f"SHARE={share} is not of the form 2/8" in capsys.readouterr().err
+
+
+def test_several_at_a_time_are_bound_to_gpus_or_cores(monkeypatch):
+    runs = plan([], {"DATASETS": "market", "LOSSES": "npair arcface triplet", "SEEDS": "0"})
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    for gpus, jobs, wanted in [
+        (0, 1, ["", "", ""]),
+        (0, 3, ["OMP_NUM_THREADS=2 "] * 3),
+        (0, 99, ["OMP_NUM_THREADS=1 "] * 3),
+        (1, 3, ["", "", ""]),
+        (2, 1, ["", "", ""]),
+        (2, 3, ["CUDA_VISIBLE_DEVICES=0 ", "CUDA_VISIBLE_DEVICES=1 ", "CUDA_VISIBLE_DEVICES=0 "]),
+    ]:
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        lines = commands(runs, jobs, "my python")
+        assert [line.split("'my python' train.py ")[0] for line in lines] == wanted
+
+
+@pytest.mark.parametrize("key", [*SET_BY, "run_dir", "resume", "show_recipe"])
+def test_flags_that_the_script_sets_are_refused(key, capsys):
+    flag = f"--{key.replace('_', '-')}"
+    value = ["1"] if key == "seed" else [] if key in ("resume", "show_recipe") else ["x"]
+    with pytest.raises(SystemExit) as stopped:
+        planned(flag, *value, DATASETS="market")
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and flag in sentence and SET_BY.get(key, "use train.py") in sentence
 
 
 @pytest.mark.parametrize(
-    "flags, quick, suffix",
+    "flags, environment, sentence",
     [
-        ([], "0", ""),
-        ([], "1", "_quick"),
-        (["--recipe", "controlled"], "0", ""),
-        (["--recipe", "published"], "0", "_published"),
-        (["--recipe=published"], "1", "_quick_published"),
-        (["--epochs", "20", "--amp"], "0", "_epochs-20_amp"),
-        (["--milestones", "4", "8", "--p", "8"], "1", "_quick_milestones-4-8_p-8"),
-        (["--loss-args", "margin=0.2"], "0", "_loss-args-margin=0.2"),
-        (["--workers", "2", "--amp", "--device=cpu", "--cache", "off", "--eval-every", "3"], "0", "_amp"),
+        (["--no-flag"], {}, "unrecognized arguments: --no-flag"),
+        ([], {"LOSSES": "arcface no_loss"}, "unknown loss 'no_loss'"),
+        ([], {"DATASETS": "marked"}, "Unknown data set 'marked'"),
+        ([], {"SEEDS": "0 one"}, "--seed: invalid whole number of 0 or more value: 'one'"),
+        (["--sampler", "random", "--p", "3"], {}, "--p and --k belong to --sampler pk"),
     ],
 )
-def test_run_names_tell_flags(checkout, flags, quick, suffix):
-    out, _ = dry(checkout, *flags, DATASETS="market", LOSSES="arcface", SEEDS="0", QUICK=quick)
-    assert names(out) == [f"market_arcface_s0{suffix}"]
-    explicit = vars(train.build_parser().parse_args(shlex.split(out)[2:]))  # the flags reach train.py, its own last
-    given = vars(train.build_parser().parse_args(flags))
-    assert {key: explicit[key] for key in given} == given and explicit["seed"] == 0
-    assert ("width" in explicit) == (quick == "1")
+def test_a_wrong_call_is_one_sentence(flags, environment, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        planned(*flags, **{"DATASETS": "synthetic", **environment})
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_unwieldy_flags_give_names_that_differ_and_can_be_files(checkout):
-    found = set()
-    for weights in ("/a/b.pth", "/a-b.pth", "a b.pth", "x" * 300 + "1", "x" * 300 + "2"):
-        (name,) = names(dry(checkout, "--weights", weights, DATASETS="market", LOSSES="npair", SEEDS="0")[0])
-        assert "/" not in name and " " not in name and len(name) < 200
-        found.add(name)
-    assert len(found) == 5
+def test_a_wrong_call_trains_nothing(checkout):
+    """Said before the first training, with exit code 2, not after the ones before it."""
+    code, out, err = run(checkout, DATASETS="synthetic", LOSSES="arcface no_loss")
+    assert code == 2 and out == "" and "unknown loss 'no_loss'" in err.splitlines()[-1] and "Traceback" not in err
+    assert not calls(checkout) and not (checkout / "runs").exists()
 
 
-@pytest.mark.parametrize("flag", ["--loss", "--seed=3", "--dataset", "--data-dir", "--run-dir", "--resume"])
-def test_flags_that_the_script_sets_are_refused(checkout, flag):
-    code, out, err = run(checkout, flag, "x", DRY_RUN="1")
-    assert code == 2 and out == "" and flag.split("=")[0] in err and len(err.splitlines()) == 1
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_a_number_of_jobs_that_is_none(jobs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan"])
+    for name, value in {"DATASETS": "synthetic", "LOSSES": "npair", "JOBS": jobs}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"JOBS={jobs} is not a number of trainings"):
+        utils.plan.main()
 
 
 def test_paths_are_meant_from_where_it_is_called(checkout, market_and_duke):
@@ -213,8 +306,8 @@ def test_paths_are_meant_from_where_it_is_called(checkout, market_and_duke):
     environment = {"DATA_DIR": "data sets", "PYTHON": os.path.relpath(checkout / "python", here)}
     code, out, _ = run(checkout, cwd=here, DRY_RUN="1", SEEDS="0", LOSSES="npair", **environment)
     assert code == 0 and names(out) == ["market_npair_s0", "duke_npair_s0"]
-    words = shlex.split(out.splitlines()[0])
-    assert words[0] == str(checkout / "python") and words[words.index("--data-dir") + 1] == str(market_and_duke)
+    line = out.splitlines()[0]
+    assert shlex.split(line)[0] == str(checkout / "python") and flags_of(line)["data_dir"] == str(market_and_duke)
 
 
 def test_a_missing_interpreter_is_named(checkout):
@@ -225,222 +318,157 @@ def test_a_missing_interpreter_is_named(checkout):
 def test_help_is_the_head_of_the_file(checkout):
     code, out, _ = run(checkout, "--help")
     assert code == 0 and "DRY_RUN=1 bash experiments.sh" in out and "Exit code" in out and "set -uf" not in out
+    assert all(f"{name}=" in out or f"{name}," in out or f"{name} (" in out for name in SETTINGS)
+
+
+def test_the_estimate_says_what_it_is_based_on(checkout, monkeypatch):
+    """By runs of the same data set and flags, of any loss; the user's own count, too; else an assumption."""
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(utils.plan, "__file__", str(checkout / "utils/plan.py"))
+
+    def of(**explicit):
+        return new_run({"loss": "npair", "dataset": "synthetic", **explicit})
+
+    assert estimate([of()]) == "about 2.5 min of training (1 by finished runs of the same setting)"
+    assert estimate([of(seed=5), of(workers=9)]) == "about 5.0 min of training (2 by finished runs of the same setting)"
+    text = estimate([of(), of(epochs=9), of(dataset="market")])
+    assert text.startswith("about 26.5 min of training (1 by finished runs") and text.count("1 by assumption: ") == 2
+    assert (150 + ASSUMED_SMALL[0] + ASSUMED[0]) / 60 == 26.5
+    mine = made_up("triplet", seconds=100.0)
+    mine["args"] = of(loss="triplet", epochs=9) | {"environment": {}}
+    for name, text in (("mine", json.dumps(mine)), ("broken", "{")):
+        (checkout / "runs" / name).mkdir(parents=True)
+        (checkout / "runs" / name / "result.json").write_text(text)
+    assert estimate([of(epochs=9)]) == "about 1.7 min of training (1 by finished runs of the same setting)"
 
 
 # -------------------------------------------------------------------------------------- skipped, failed, resumed, ended
 
 
-def test_runs_are_collected_and_the_table_comes_last(checkout):
-    code, out, err = run(checkout, LOSSES="arcface softmax+0.5*triplet", SEEDS="0 1", cwd="/")
+def everything(folder):
+    """All files but those that a user's runs may leave, with their bytes."""
+    mine = ("runs", "__pycache__", "calls.txt", "hanging")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not {*mine} & {*path.parts}}
+
+
+def test_runs_end_with_the_table_and_change_no_tracked_file(checkout):
+    """The table is that of one's own runs: those that are checked in, of arcface, are not in it."""
+    before = everything(checkout)
+    code, out, err = run(checkout, LOSSES="npair softmax+0.5*triplet", SEEDS="0 1", cwd="/")
     assert code == 0
-    assert finished(checkout) == sorted(f"synthetic_{loss}_s{seed}_quick" for loss in ("arcface", "softmax+0.5xtriplet")
+    assert finished(checkout) == sorted(f"synthetic_{loss}_s{seed}" for loss in ("npair", "softmax+0.5xtriplet")
                                         for seed in (0, 1))  # fmt: skip
-    assert "4 runs finished now, 0 skipped (finished before), 0 failed" in err
+    assert "4 runs, 0 of them finished before; 4 to do" in err
     table = out[out.index("| loss") :]
-    assert "25.0 ± 0.0" in table and "2 (0, 1)" in table and table.index("arcface") < table.index("Percent; mean")
+    assert "25.0 ± 0.0" in table and "2 (0, 1)" in table and table.index("npair") < table.index("Percent; mean")
+    assert "| arcface | " not in table.split("**Market")[0]
+    assert everything(checkout) == before
 
 
-def test_finished_runs_are_skipped_and_half_ones_resumed(checkout):
+def test_finished_runs_are_skipped_and_half_ones_go_on(checkout):
     environment = {"LOSSES": "arcface npair triplet", "SEEDS": "0"}
-    assert run(checkout, **environment, FAILING="npair triplet")[0] == 1
-    (checkout / "runs/synthetic_npair_s0_quick").mkdir()  # it began
+    assert run(checkout, **environment, HALF="npair", FAILING="triplet")[0] == 1
     (checkout / "calls.txt").unlink()
     code, out, err = run(checkout, **environment)
     assert code == 0
-    assert [(call.split()[2], "--resume" in call) for call in calls(checkout)] == [("npair", True), ("triplet", False)]
-    assert "3 runs, 1 of them finished before" in err and "2 runs, about 60 s of training" in err
-    assert "2 runs finished now, 1 skipped (finished before), 0 failed" in err
-    assert "skipped: synthetic_arcface_s0_quick\n" in err
-    assert dry(checkout, **environment)[0] == ""  # nothing is left
+    assert [(words[words.index("--loss") + 1], "--resume" in words) for words in calls(checkout)] == [
+        ("npair", True), ("triplet", False)]  # fmt: skip
+    assert "3 runs, 1 of them finished before; 2 to do" in err
+    out, err = dry(checkout, **environment)
+    assert out == "" and "3 runs, 3 of them finished before." in err  # nothing is left
 
 
-def test_the_collected_file_alone_counts_as_finished(checkout):
-    run(checkout, LOSSES="arcface", SEEDS="0")
-    shutil.rmtree(checkout / "runs")
-    assert run(checkout, LOSSES="arcface", SEEDS="0")[0] == 0
-    assert len(calls(checkout)) == 1 and not (checkout / "runs").exists()
+def test_a_run_is_repeated_by_removing_one_folder(checkout, monkeypatch, capsys):
+    """The plan holds it again, without --resume, and nothing else."""
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(sys, "argv", ["plan"])
+    for name, value in {"DATASETS": "synthetic", "LOSSES": "arcface npair", "SEEDS": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for loss in ("arcface", "npair"):
+        (checkout / f"runs/synthetic_{loss}_s0").mkdir(parents=True)
+        (checkout / f"runs/synthetic_{loss}_s0/result.json").write_text(json.dumps(made_up(loss)))
+    utils.plan.main()
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(checkout / "runs/synthetic_arcface_s0")
+    utils.plan.main()
+    out = capsys.readouterr().out
+    assert names(out) == ["synthetic_arcface_s0"] and "--resume" not in out
 
 
 def test_one_failing_run_does_not_stop_the_others(checkout):
-    code, out, err = run(checkout, LOSSES="softmax triplet npair", SEEDS="0 1", FAILING="triplet")
-    assert code == 1
-    assert len(calls(checkout)) == 6 and len(finished(checkout)) == 4
-    assert "4 runs finished now, 0 skipped (finished before), 2 failed" in err and "no good" in err
-    assert "FAILED: synthetic_triplet_s0_quick\nFAILED: synthetic_triplet_s1_quick\n" in err
-    assert "| softmax" in out and "| npair" in out  # the table, nevertheless
+    write_plan(checkout, "softmax triplet npair", seeds="0 1")
+    code, out, err = run(checkout, FAILING="triplet")
+    assert code == 1 and out == "the table"
+    assert trained(checkout) == ["softmax", "triplet", "npair"] * 2 and len(finished(checkout)) == 4
+    assert err.count("train.py: no good") == 2
+    failed = [line for line in err.splitlines() if line.startswith("FAILED: ")]
+    assert [names(line.removeprefix("FAILED: ")) for line in failed] == [["synthetic_triplet_s0"],
+                                                                         ["synthetic_triplet_s1"]]  # fmt: skip
 
 
-def test_a_run_without_a_result_has_failed(checkout):
-    """Exit code 0, but no result.json: the stand-in of train.py is replaced by one that does nothing."""
+def test_nothing_but_failures_is_no_table(checkout):
+    code, out, err = run(checkout, LOSSES="softmax", SEEDS="0", FAILING="softmax")
+    assert code == 1 and out == "" and "holds no finished runs" in err and "Traceback" not in err
+
+
+def test_several_at_a_time(checkout):
+    """Two that wait for each other end; and one that fails stops none of the others."""
     text = (checkout / "python").read_text()
-    assert "/result.json" in text
-    (checkout / "python").write_text(text.replace("/result.json", "/nothing"))
-    code, _, err = run(checkout, LOSSES="softmax", SEEDS="0")
-    assert code == 1 and "FAILED: synthetic_softmax_s0_quick" in err and "no result.json" in err
+    wait = """
+while loss in ("softmax", "triplet") and open("calls.txt").read().count("\\n") < 2:
+    time.sleep(0.01)
+if loss in"""
+    (checkout / "python").write_text(text.replace("\nif loss in", wait.replace("\\\\", "\\"), 1))
+    write_plan(checkout, "softmax triplet npair arcface")
+    code, out, err = run(checkout, FAILING="softmax", JOBS="2")
+    assert code == 1 and sorted(trained(checkout)) == ["arcface", "npair", "softmax", "triplet"]
+    assert len(finished(checkout)) == 3 and out == "the table"
 
 
-@pytest.mark.parametrize("exit_code", ["130", "1"])
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_everything(checkout, exit_code, signal_number):
-    """As a terminal does it, the signal goes to the script and to the training; SIGTERM here to the script alone, which
-    then waits for the training. Nothing more is begun, whatever the training's exit code."""
-    process = start(checkout, LOSSES="softmax triplet npair", SEEDS="0", HANGING="triplet", EXIT_CODE=exit_code)
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("exit_code", ["130", "143"])
+def test_ctrl_c_stops_everything(checkout, exit_code, jobs):
+    """As a terminal sends it, to the script and to the trainings: nothing more is begun."""
+    write_plan(checkout, "softmax triplet npair arcface", seeds="0 1")
+    process = start(checkout, HANGING="triplet npair", EXIT_CODE=exit_code, JOBS=jobs)
     deadline = time.monotonic() + 60
-    while not (checkout / "hanging").exists():
+    while len(calls(checkout)) < 1 + int(jobs) or not (checkout / "hanging").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     time.sleep(0.1)
-    if signal_number == signal.SIGTERM:
-        os.kill(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert [call.split()[2] for call in calls(checkout)] == ["softmax", "triplet"]
-    assert finished(checkout) == ["synthetic_softmax_s0_quick"]
-    assert "1 runs finished now, 0 skipped (finished before), 0 failed" in err and "goes on from here" in err
-    assert "Traceback" not in err
+    assert process.returncode == 130 and out == ""
+    assert sorted(trained(checkout)) == sorted(["softmax", "triplet", "npair"][: 1 + int(jobs)])
+    assert finished(checkout) == ["synthetic_softmax_s0"]
+    assert "Stopped. The same command goes on from here." in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("exit_code", ["130", "143"])
+def test_a_training_that_was_ended_alone_stops_the_script(checkout, exit_code):
+    """SIGTERM to one training, say: no other is begun."""
+    text = (checkout / "python").read_text()
+    (checkout / "python").write_text(text.replace("time.sleep(60)", "raise KeyboardInterrupt"))
+    write_plan(checkout, "softmax triplet npair")
+    code, out, err = run(checkout, HANGING="triplet", EXIT_CODE=exit_code)
+    assert code == 130 and trained(checkout) == ["softmax", "triplet"] and "goes on from here" in err and out == ""
 
 
 def test_with_train_py_itself(checkout, tmp_path):
-    """Nothing stands in here: one loss trains for an epoch on a tiny data set, one does not exist."""
-    for name in ("train.py", "evaluate.py", "losses", "models", "data"):
+    """Nothing stands in here: one loss trains for an epoch on a tiny data set, one can't build its batches."""
+    for name in ("train.py", "evaluate.py"):
         (checkout / name).symlink_to(ROOT / name)
-    shutil.rmtree(checkout / "utils")
-    (checkout / "utils").symlink_to(ROOT / "utils")
     data = write_tiny_market(tmp_path / "data/market1501").parent
     flags = "--arch resnet18 --weights none --height 32 --width 16 --epochs 1 --p 4 --k 2 --workers 1 --device cpu"
-    environment = {"DATA_DIR": str(data), "LOSSES": "no_loss arcface", "SEEDS": "0", "PYTHON": sys.executable}
+    (checkout / "runs").mkdir()
+    (checkout / "runs" / planned(*flags.split(), DATASETS="market", LOSSES="npair", SEEDS="0")[0]).write_text("a file")
+    before = everything(checkout)
+    environment = {"DATA_DIR": str(data), "LOSSES": "npair arcface", "SEEDS": "0", "PYTHON": sys.executable}
     code, out, err = run(checkout, *flags.split(), **environment)
-    assert code == 1 and "unknown loss 'no_loss'" in err and "Traceback" not in err
-    suffix = "_arch-resnet18_weights-none_height-32_width-16_epochs-1_p-4_k-2"
-    assert finished(checkout) == [f"market_arcface_s0{suffix}"]
-    assert f"FAILED: market_no_loss_s0{suffix}" in err and "1 runs finished now" in err
-    kept = json.loads((checkout / f"results/runs/market_arcface_s0{suffix}.json").read_text())
-    made = json.loads((checkout / f"runs/market_arcface_s0{suffix}/result.json").read_text())
-    assert kept["mAP"] == made["mAP"] and kept["args"]["explicit"]["epochs"] == 1 and str(tmp_path) not in str(kept)
-    assert f"| {100 * made['rank1']:.1f}" in out and "not run" in out
-
-
-# ----------------------------------------------------------------------------------------------------------- the search
-
-
-def every_trial():
-    return [(row, values) for row, candidates in tune.CANDIDATES.items() for values in candidates]
-
-
-def test_every_loss_has_the_same_small_budget():
-    assert tuple(tune.CANDIDATES) == TWELVE
-    assert all(len(candidates) == tune.BUDGET for candidates in tune.CANDIDATES.values())
-    assert len({tune.trial_name(row, values) for row, values in every_trial()}) == tune.BUDGET * len(TWELVE)
-
-
-@pytest.mark.parametrize("row", TWELVE)
-def test_a_winner_in_the_recipe_is_the_trial_that_won(row, monkeypatch):
-    """Every candidate parses; put into the controlled recipe as it is printed, it gives the same flags as the trial."""
-    common = ["--dataset", "synthetic", "--eval-on", "val", *tune.quick_flags()]
-    own = ("loss", "loss_lr")
-    for values in tune.CANDIDATES[row]:
-        explicit = vars(train.build_parser().parse_args([*tune.trial_flags(row, values), *common]))
-        trial = train.resolve_flags(explicit)
-        assert row_name(trial["loss"]) == row and trial["eval_on"] == "val"
-        printed = tune.source({row: {"values": values}})
-        with monkeypatch.context() as patch:
-            patch.setitem(RECIPES["controlled"], f"{row}@synthetic", eval("{" + printed + "}")[f"{row}@synthetic"])
-            plain = train.resolve_flags(vars(train.build_parser().parse_args(["--loss", row, *common])))
-        assert {key: plain[key] for key in own} == {key: trial[key] for key in own}
-        given = [f"{key}={value!r}" for key, value in plain["loss_args"].items()]
-        assert set(explicit.get("loss_args", [])) <= set(given)
-
-
-def test_the_recipe_has_the_winners_of_the_log():
-    trials = tune.read_log(ROOT / "results/tuning/synthetic.jsonl", {"flags": tune.common_flags(seed=0)})
-    best = {f"{row}@synthetic": trial["values"] for row, trial in tune.winners(trials).items()}
-    assert {key: row for key, row in RECIPES["controlled"].items() if "@synthetic" in key} == best
-    assert len(best) == len(TWELVE)
-
-
-def test_quick_flags_are_those_of_the_script(checkout):
-    out, _ = dry(checkout, LOSSES="npair")
-    assert " ".join(tune.quick_flags()) in out
-
-
-@pytest.fixture
-def search(tmp_path, monkeypatch, capsys):
-    """Runs tune.py in an empty folder; trainings only write a result: mAP rises with the number of calls."""
-    shutil.copy(ROOT / "experiments.sh", tmp_path)
-    monkeypatch.setattr(tune, "ROOT", tmp_path)
-    commands, codes = [], {}
-
-    def train_instead(command, cwd):
-        commands.append(command)
-        run_dir = cwd / command[command.index("--run-dir") + 1]
-        code = codes.get(run_dir.name, 0)
-        if not code:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            result = {"rank1": 0.5, "mAP": 0.01 * len(commands), "num_queries": 9, "log": [{"seconds": 2.0}]}
-            (run_dir / "result.json").write_text(json.dumps({**result, "args": {"environment": {"commit": "c0ffee"}}}))
-        return subprocess.CompletedProcess(command, code)
-
-    monkeypatch.setattr(tune.subprocess, "run", train_instead)
-
-    def call(*flags):
-        commands.clear()
-        monkeypatch.setattr(sys, "argv", ["tune.py", "--log", str(tmp_path / "log/tune.jsonl"), *flags])
-        return tune.main(), list(commands), capsys.readouterr().out
-
-    call.codes, call.log = codes, tmp_path / "log/tune.jsonl"
-    return call
-
-
-def test_trials_are_logged_once_and_the_best_is_printed(search):
-    code, commands, out = search("--losses", "histogram")
-    assert code == 0 and len(commands) == tune.BUDGET and "--resume" not in commands[0]
-    assert '"histogram@synthetic": {"loss_args": {"histogram.num_bins": 150}},' in out  # the last was the best
-    settings, *trials = map(json.loads, search.log.read_text().splitlines())
-    assert settings["settings"]["flags"][:4] == ["--dataset", "synthetic", "--eval-on", "val"]
-    assert [trial["values"] for trial in trials] == tune.CANDIDATES["histogram"]
-    assert trials[1]["mAP"] == 0.02 and trials[1]["seconds"] == 2.0 and trials[1]["environment"] == {"commit": "c0ffee"}
-    before = search.log.read_text()
-    code, commands, again = search("--losses", "histogram")
-    assert code == 0 and commands == [] and '"histogram@synthetic"' in again and search.log.read_text() == before
-
-
-def test_the_search_goes_on_after_a_stop_in_the_middle_of_a_line(search):
-    search("--losses", "histogram")
-    lines = search.log.read_text().splitlines(keepends=True)
-    search.log.write_text("".join(lines[:3]) + lines[3][:20])
-    code, commands, _ = search("--losses", "histogram")
-    assert code == 0 and len(commands) == 1 and "--resume" in commands[0]
-    assert [json.loads(line)["trial"] for line in search.log.read_text().splitlines()[1:]] == [
-        tune.trial_name("histogram", values) for values in tune.CANDIDATES["histogram"]
-    ]
-
-
-def test_a_failing_trial_stops_nothing_and_is_tried_again(search):
-    name = tune.trial_name("triplet", tune.CANDIDATES["triplet"][2])
-    search.codes[f"tune_s0_{name}"] = 1
-    code, commands, out = search("--losses", "triplet")
-    assert code == 1 and len(commands) == tune.BUDGET and f"FAILED (run again by the same command): {name}" in out
-    assert "@synthetic" not in out  # no winner before all are done
-    search.codes.clear()
-    code, commands, out = search("--losses", "triplet")
-    assert code == 0 and len(commands) == 1 and '"triplet@synthetic"' in out
-
-
-def test_ctrl_c_stops_the_search(search):
-    search.codes[f"tune_s0_{tune.trial_name('triplet', tune.CANDIDATES['triplet'][1])}"] = 130
-    code, commands, _ = search()
-    assert code == 130 and len(commands) == tune.BUDGET + 2  # the trials of softmax, and two
-    assert len(search.log.read_text().splitlines()) == 1 + tune.BUDGET + 1
-
-
-def test_a_log_of_other_settings_is_refused(search):
-    search("--losses", "npair")
-    with pytest.raises(ValueError, match="other settings"):
-        search("--losses", "npair", "--seed", "1")
-
-
-def test_dry_run_of_the_search_runs_nothing(search):
-    code, commands, out = search("--dry-run")
-    assert code == 0 and commands == [] and not search.log.exists()
-    assert out.count("train.py") == tune.BUDGET * len(TWELVE)
+    assert code == 1 and "train.py: " in err and "is a file" in err and "Traceback" not in err
+    name = "market_arcface_s0_arch-resnet18_weights-none_height-32_width-16_epochs-1_p-4_k-2"
+    assert finished(checkout) == [name] and everything(checkout) == before
+    made = json.loads((checkout / "runs" / name / "result.json").read_text())
+    assert f"| {100 * made['rank1']:.1f} " in out and "**Market-1501 (incomplete), controlled recipe" in out
+    assert made["args"]["explicit"]["epochs"] == 1 and made["args"]["data_dir"] == str(data)
+    assert DEFAULTS["epochs"] == 60

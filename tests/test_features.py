@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.ranking import rank_metrics
 
@@ -67,6 +68,26 @@ def test_tensors_lists_and_paths_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["f.npz", "f"])
+def test_without_cameras(tmp_path, capsys, name):
+    """The paths alone will do where cameras are ignored; else a sentence says what to add."""
+    ids = {"query_pids": np.array([1, 2]), "gallery_pids": np.array([1, 1, 2])}
+    arrays = {"query": np.eye(2), "gallery": np.eye(2)[[0, 1, 1]], **ids}
+    paths = {"query_paths": np.array(["a", "b"]), "gallery_paths": np.array(["a", "c", "d"])}
+    without = Features(**arrays, query_camids=None, gallery_camids=None, **paths)
+    file = save_features(tmp_path / name, without)
+    assert load_features(file).query_camids is None
+    evaluate.main(["--features", str(file), "--ignore-cameras", "--device", "cpu"])
+    numbers = capsys.readouterr().out.split("\n")[2].split()[1:]
+    # query a: its own picture is dropped, its match c is as near as the wrong d: rank 2; query b: d ties with c: rank 2
+    assert numbers[0] == "0.00" and numbers[4] == "50.00" and numbers[-1] == "2"
+    with pytest.raises(ValueError, match="hold no cameras: add query_camids and gallery_camids, or pass --ignore-cam"):
+        evaluate.main(["--features", str(file), "--device", "cpu"])
+    bare = save_features(tmp_path / f"bare{name}", without._replace(query_paths=None))
+    with pytest.raises(ValueError, match="add query_paths and gallery_paths"):
+        evaluate.main(["--features", str(bare), "--ignore-cameras", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f"])
 def test_what_exists_is_kept(tmp_path, name):
     save_features(tmp_path / name, features())
     with pytest.raises(ValueError, match="exists: delete it or choose another name"):
@@ -115,7 +136,7 @@ def test_what_cannot_be_read(tmp_path):
         load_features(tmp_path / "nowhere")
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty lacks query, query_pids, .*, gallery_camids: features are"):
+    with pytest.raises(ValueError, match="empty lacks query, query_pids, gallery, gallery_pids: features are"):
         load_features(tmp_path / "empty")
 
     folder = save_features(tmp_path / "folder", features())

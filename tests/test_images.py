@@ -1,5 +1,7 @@
 """The image pipeline: the same pixels as torchvision's, whatever the cache, workers and prefetching."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from data.images import (
     TrainingImages,
     _room_in_control_groups,
     decode,
+    default_workers,
     find_bad_images,
     normalise,
     stream_images,
@@ -201,3 +204,11 @@ def test_memory_limits_of_containers_count(tmp_path, version):
     assert min(_room_in_control_groups(proc, root)) == 600
     assert _room_in_control_groups(tmp_path / "nowhere", root) == []
     assert _room_in_control_groups(proc, tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (3, 3), (4, 4), (64, 4)])
+def test_as_many_threads_decode_as_there_are_cores_but_no_more_than_gain_anything(monkeypatch, cores, threads):
+    """The cores are those that this process may use, not those of the machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    assert default_workers() == threads

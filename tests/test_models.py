@@ -1,7 +1,9 @@
 """Backbones: torchvision's networks up to their last linear layer, options, weights files that fit or are refused."""
 
 import inspect
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -67,6 +69,15 @@ def test_the_embedding_is_what_the_last_linear_layer_receives(arch):
     assert len(lost) == 2 and model.state_dict().keys() < network.state_dict().keys()  # a weight and a bias
 
 
+@pytest.mark.parametrize("arch", ["resnet18", *(arch for arch, build in ARCHS.items() if build is not None)])
+def test_one_embedding_per_image(arch):
+    """Those of one's own, too."""
+    model = build_model(arch).eval()
+    with torch.inference_mode():
+        embeddings = model(torch.rand(2, 3, 64, 32))
+    assert embeddings.shape == (2, model.embedding_dim) and embeddings.dtype == torch.float32
+
+
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
 def test_no_dropout_right_before_the_embedding(arch):
     """In training, too, what comes to the end of the classifier leaves it unchanged."""
@@ -80,12 +91,13 @@ def test_every_arch_of_the_list_can_be_built_and_has_weights(monkeypatch):
     """Built on no device, where torchvision can (RegNet can't); the weights' names without a download."""
     urls = {}
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda url, **_: urls.update({arch: url}))
-    for arch in ARCHS:
+    archs = [arch for arch, build in ARCHS.items() if build is None]
+    for arch in archs:
         imagenet_state_dict(arch)
         with torch.device("cpu" if arch == "regnet_y_400mf" else "meta"):
             if not arch.startswith("regnet") or arch == "regnet_y_400mf":
                 assert build_model(arch, height=224, width=224).embedding_dim > 100
-    assert len(urls) == len(ARCHS) > 60
+    assert len(urls) == len(archs) > 60
     assert {arch for arch, url in urls.items() if "swag" in url} == {"vit_h_14", "regnet_y_128gf"}
 
 
@@ -361,6 +373,36 @@ def test_weights_file_absent_or_no_state_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no state dict"):
         build_model("resnet18", str(tmp_path / "list.pth"))
+
+
+def test_numpy_values_beside_the_weights(tmp_path):
+    """As training scripts keep a best score. They are not read; the sentence says how to save the file again."""
+    state = {"state_dict": torchvision.models.resnet18().state_dict(), "best": np.float64(0.5)}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth holds NumPy values .* torch.save\(model.state_dict\(\), 'weights"):
+        build_model("resnet18", str(tmp_path / "w.pth"))
+    torch.save({**state, "best": float(state["best"])}, tmp_path / "w.pth")
+    build_model("resnet18", str(tmp_path / "w.pth"))
+
+
+def test_a_backbone_of_ones_own(tmp_path, monkeypatch):
+    """A function in the dict. Its weights are read by the names that it gives them; ImageNet's there are none of."""
+
+    def tiny():
+        layers = {"base": nn.Conv2d(3, 8, 7, stride=4), "pool": nn.AdaptiveAvgPool2d(1), "bottleneck": nn.Flatten()}
+        model = nn.Sequential(OrderedDict(layers))
+        model.embedding_dim = 8
+        return model
+
+    monkeypatch.setitem(ARCHS, "tiny", tiny)
+    model = build_model("tiny")
+    assert model.embedding_dim == 8 and model(torch.rand(2, 3, 64, 32)).shape == (2, 8)
+    torch.save(prefixed(model.state_dict(), "module."), tmp_path / "w.pth")
+    assert torch.equal(build_model("tiny", str(tmp_path / "w.pth"))[0].weight, model[0].weight)
+    with pytest.raises(ValueError, match="tiny is as its own function builds it: leave --last-stride, --pool and --neck"):
+        build_model("tiny", neck="bn")
+    with pytest.raises(ValueError, match="no ImageNet weights of tiny: pass --weights none or a file"):
+        build_model("tiny", "imagenet")
 
 
 def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch):

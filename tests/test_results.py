@@ -1,4 +1,4 @@
-"""The results table: its statistics by hand and against slow forms, its files, and that the README's is the current."""
+"""The results table: its statistics by hand and against slow forms, which runs it sets side by side, and its files."""
 
 import csv
 import json
@@ -11,45 +11,72 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-import train
-from losses import TWELVE
-from utils import results
+from data import reader_options
+from losses import TWELVE, row_name
+from utils import figure, results
+from utils.flags import DEFAULTS, FREE, build_parser, count_steps, new_run
+from utils.statistics import holm, interval, paired_p
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 2, "amp": True}
 
 
-def result(loss="softmax", seed=0, mAP=0.5, rank1=0.7, dataset="synthetic", seconds=60.0, **flags):
-    """What train.py writes: its own resolved flags, a log of as many epochs, made-up scores."""
-    explicit = {"loss": loss, "dataset": dataset, **QUICK, "seed": seed, "data_dir": "/home/me/data", **flags}
-    args = train.resolve_flags(explicit)
-    args["loss_args"] = [f"{key}={value}" for key, value in args["loss_args"].items()]
+def result(loss="softmax", seed=0, mAP=0.5, rank1=0.7, dataset="synthetic", seconds=60.0, titles=None, **flags):
+    """What train.py writes: its own flags, a log of as many epochs, made-up scores."""
+    explicit = {"loss": loss, "dataset": dataset, "seed": seed, "data_dir": "/home/me/data", **flags}
+    args = count_steps(new_run(explicit), 39 * 5)
     environment = {"commit": "c0ffee", "python": "3.11.7", "torch": "2.9.0", "device": "cpu (x86_64)", "threads": 2}
-    args |= {"explicit": explicit, "environment": environment, "num_classes": 150, "val_pids": [3, 5]}
+    args |= {"environment": environment, "num_classes": 150, "val_pids": [3, 5], "notes": ["/home/me/data: a folder"]}
+    args |= {"titles": titles} if titles else {}
     epochs = args["epochs"]
     log = [{"epoch": epoch, "loss": 4.0 / epoch, "lr": 3.5e-4, "seconds": seconds / epochs, "images_per_second": 210.0}
            for epoch in range(1, epochs + 1)]  # fmt: skip
     scores = {"rank1": rank1, "rank5": 0.8, "rank10": 0.9, "rank20": 0.95, "mAP": mAP, "mAP_trapezoid": mAP - 0.01}
-    return {**scores, "mINP": 0.2, "num_queries": 600, "row": results_row(loss), "args": args, "log": log}
+    return {**scores, "mINP": 0.2, "num_queries": 600, "row": row_name(loss), "args": args, "log": log}
 
 
-def results_row(loss):
-    return re.sub(r"[0-9.e-]+\*", "", loss)
+def older(run, *keys):
+    """The same run by a version that had not these flags yet."""
+    return {**run, "args": {key: value for key, value in run["args"].items() if key not in keys}}
 
 
 def save(folder, *runs):
-    """The runs as files results/runs/NAME.json."""
+    """The runs as files FOLDER/runs/NAME.json."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs):
         (folder / "runs" / f"{number:03}.json").write_text(json.dumps(results.compact(run)))
     return folder
 
 
-def cells(table):
-    """Rows of a markdown table by their first cell: {column: text}."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
-    header = lines[0]
-    return {line[0]: dict(zip(header, line, strict=True)) for line in lines[2:]}
+def groups_of(folder, *runs):
+    return results.load_groups(save(folder, *runs))
+
+
+def one_group(folder, *runs):
+    """Rows of runs that must fall into one group."""
+    (rows,) = groups_of(folder, *runs).values()
+    return rows
+
+
+def table_of(folder, *runs):
+    """The markdown of runs that must fall into one group."""
+    ((setting, rows),) = groups_of(folder, *runs).items()
+    return results.markdown_group(setting, rows)
+
+
+def seeds_of(loss, values, **flags):
+    """A run for each value of mAP, with the seeds 0, 1, ..."""
+    return [result(loss, seed, mAP, **flags) for seed, mAP in enumerate(values)]
+
+
+def cells(text):
+    """The rows of all tables of a markdown text, by their first cell: {column: text}."""
+    found, header = {}, None
+    for line in text.splitlines():
+        line = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else None
+        if line and header and not set(line[0]) <= set(":-"):
+            found[line[0]] = dict(zip(header, line, strict=True))
+        header = (header or line) if line else None
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -57,11 +84,11 @@ def cells(table):
 
 def test_interval_by_hand():
     """0.70 0.72 0.74: mean 0.72, s = 0.02, t(0.975, 2) = 4.302653: 4.302653 * 0.02 / sqrt(3) = 0.049683."""
-    assert results.interval([0.70, 0.72, 0.74]) == pytest.approx((0.72, 0.0496828), rel=1e-5)
+    assert interval([0.70, 0.72, 0.74]) == pytest.approx((0.72, 0.0496828), rel=1e-5)
 
 
 def test_one_value_has_no_interval():
-    assert results.interval([0.7]) == (0.7, None)
+    assert interval([0.7]) == (0.7, None)
     assert results.percent(0.7, None) == "70.0" and results.percent(0.7, 0.0123) == "70.0 ± 1.2"
 
 
@@ -69,7 +96,7 @@ def test_interval_holds_the_mean_in_95_of_100_draws():
     draw = random.Random(0)
     hits = 0
     for _ in range(2000):
-        mean, half = results.interval([draw.gauss(3, 2) for _ in range(4)])
+        mean, half = interval([draw.gauss(3, 2) for _ in range(4)])
         hits += abs(mean - 3) <= half
     assert 0.935 < hits / 2000 < 0.965
 
@@ -77,27 +104,27 @@ def test_interval_holds_the_mean_in_95_of_100_draws():
 def test_paired_test_by_hand():
     """Differences 1, 2, 3: mean 2, s = 1, t = 2 sqrt(3); with 2 degrees of freedom p = 1 - t / sqrt(t^2 + 2)
     = 1 - sqrt(12 / 14) = 0.0741799."""
-    assert results.paired_p([11, 22, 33], [10, 20, 30]) == pytest.approx(0.0741799, rel=1e-5)
-    assert results.paired_p([10, 20, 30], [11, 22, 33]) == pytest.approx(0.0741799, rel=1e-5)
+    assert paired_p([11, 22, 33], [10, 20, 30]) == pytest.approx(0.0741799, rel=1e-5)
+    assert paired_p([10, 20, 30], [11, 22, 33]) == pytest.approx(0.0741799, rel=1e-5)
 
 
 def test_paired_test_agrees_with_scipy():
     draw = random.Random(1)
     for n in (2, 3, 5, 9):
         first, second = ([draw.random() for _ in range(n)] for _ in range(2))
-        assert results.paired_p(first, second) == pytest.approx(scipy.stats.ttest_rel(first, second).pvalue, rel=1e-9)
+        assert paired_p(first, second) == pytest.approx(scipy.stats.ttest_rel(first, second).pvalue, rel=1e-9)
 
 
 def test_paired_test_without_spread():
-    assert results.paired_p([0.5, 0.25], [0.5, 0.25]) == 1.0
-    assert results.paired_p([0.75, 0.5], [0.5, 0.25]) == 0.0
+    assert paired_p([0.5, 0.25], [0.5, 0.25]) == 1.0
+    assert paired_p([0.75, 0.5], [0.5, 0.25]) == 0.0
 
 
 def test_holm_by_hand():
     """Sorted 0.005 0.01 0.03 0.04 times 4 3 2 1: 0.02 0.03 0.06 0.04, the last raised to the one before it."""
-    assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert results.holm([0.6, 0.7]) == [1.0, 1.0]
-    assert results.holm([]) == []
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_holm_rejects_what_the_step_down_rule_rejects():
@@ -111,15 +138,14 @@ def test_holm_rejects_what_the_step_down_rule_rejects():
                 break
             rejected.add(index)
             left -= 1
-        assert {i for i, p in enumerate(results.holm(p_values)) if p <= 0.05} == rejected
+        assert {i for i, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
 
 
 def test_summary_against_explicit_tests(tmp_path):
     """Best: triplet. Softmax shares seeds 0 to 2 with it, npair 1 and 2; two comparisons, the smaller p doubled."""
     scores = {"softmax": {0: 0.50, 1: 0.53, 2: 0.51}, "triplet": {0: 0.60, 1: 0.61, 2: 0.65}, "npair": {1: 0.6, 2: 0.6}}
     runs = [result(loss, seed, mAP) for loss, by_seed in scores.items() for seed, mAP in by_seed.items()]
-    (rows,) = results.load_groups(save(tmp_path, *runs)).values()
-    summary = {entry["row"]: entry for entry in results.summarise(rows)}
+    summary = {entry["row"]: entry for entry in results.summarise(one_group(tmp_path, *runs))}
     assert list(summary) == ["softmax", "triplet", "npair"]  # the order of the table
     softmax = scipy.stats.ttest_rel([0.60, 0.61, 0.65], [0.50, 0.53, 0.51]).pvalue
     npair = scipy.stats.ttest_rel([0.61, 0.65], [0.6, 0.6]).pvalue
@@ -131,19 +157,56 @@ def test_summary_against_explicit_tests(tmp_path):
     assert summary["softmax"]["mAP"] == pytest.approx((1.54 / 3, (high - low) / 2))
 
 
+def test_later_losses_have_a_correction_of_their_own(tmp_path):
+    """Two published losses beside the best of them, one later loss: p doubled for the former, as it is for the latter.
+    A later loss is compared with the best published one, and is never the best itself."""
+    scores = {"softmax": [0.50, 0.53, 0.51], "npair": [0.52, 0.52, 0.50], "arcface": [0.60, 0.61, 0.65]}
+    scores |= {"circle": [0.70, 0.68, 0.71]}
+    runs = [run for loss, values in scores.items() for run in seeds_of(loss, values)]
+    summary = {entry["row"]: entry for entry in results.summarise(one_group(tmp_path, *runs))}
+    p = {row: scipy.stats.ttest_rel(scores["arcface"], scores[row]).pvalue for row in ("softmax", "npair", "circle")}
+    first, second = sorted((p["softmax"], p["npair"]))
+    assert summary["circle"]["p"] == pytest.approx(p["circle"]) and summary["circle"]["higher"]
+    found = sorted(summary[row]["p"] for row in ("softmax", "npair"))
+    assert found == pytest.approx([2 * first, max(second, 2 * first)])
+    assert [row for row, entry in summary.items() if entry["best"]] == ["arcface"]
+    assert {row: entry["comparisons"] for row, entry in summary.items()} == {
+        "softmax": 2, "npair": 2, "arcface": 2, "circle": 1}  # fmt: skip
+
+
+def test_later_losses_alone_are_compared_with_the_best_of_them(tmp_path):
+    runs = [*seeds_of("circle", [0.5, 0.6]), *seeds_of("supcon", [0.7, 0.71])]
+    summary = results.summarise(one_group(tmp_path, *runs))
+    assert [entry["row"] for entry in summary if entry["best"]] == ["supcon"]
+
+
+@pytest.mark.parametrize(
+    "p, higher, words",
+    [
+        (0.5291, False, "not shown to be lower, p = 0.529"),
+        (0.5291, True, "not shown to be higher, p = 0.529"),
+        (0.05, False, "not shown to be lower, p = 0.050"),
+        (0.0499, False, "lower, p = 0.050"),
+        (0.0021, True, "higher, p = 0.002"),
+        (0.0009, False, "lower, p < 0.001"),
+        (None, False, "no test"),
+    ],
+)
+def test_a_verdict_claims_what_was_tested(p, higher, words):
+    assert results.verdict({"best": False, "p": p, "higher": higher}) == words
+    assert results.verdict({"best": True, "p": None, "higher": False}) == "highest mean"
+
+
 def test_a_loss_that_is_higher_on_the_common_seeds_is_not_called_lower(tmp_path):
-    scores = {"softmax": [0.60, 0.61, 0.70, 0.70, 0.70], "triplet": [0.65, 0.661]}
-    runs = [result(loss, seed, mAP) for loss, values in scores.items() for seed, mAP in enumerate(values)]
-    (rows,) = results.load_groups(save(tmp_path, *runs)).values()
-    softmax, triplet = results.summarise(rows)
+    runs = [*seeds_of("softmax", [0.60, 0.61, 0.70, 0.70, 0.70]), *seeds_of("triplet", [0.65, 0.661])]
+    softmax, triplet = results.summarise(one_group(tmp_path, *runs))
     assert softmax["best"] and triplet["p"] < 0.05
-    assert results.verdict(triplet).startswith("higher on common seeds, p = ")
+    assert results.verdict(triplet).startswith("higher, p = ")
 
 
 def test_one_lucky_seed_is_not_the_best(tmp_path):
-    runs = [result("softmax", 0, 0.5), result("softmax", 1, 0.52), result("arcface", 0, 0.9)]
-    (rows,) = results.load_groups(save(tmp_path, *runs)).values()
-    assert [entry["row"] for entry in results.summarise(rows) if entry["best"]] == ["softmax"]
+    runs = [*seeds_of("softmax", [0.5, 0.52]), result("arcface", 0, 0.9)]
+    assert [entry["row"] for entry in results.summarise(one_group(tmp_path, *runs)) if entry["best"]] == ["softmax"]
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -159,65 +222,108 @@ def test_published_numbers_and_order():
 def test_cells_of_a_group_with_several_seeds(tmp_path):
     runs = [result("softmax", seed, 0.50 + 0.01 * seed, 0.70 + 0.02 * seed) for seed in range(3)]
     runs += [result("arcface", seed, 0.60 + 0.01 * seed, 0.80, seconds=120) for seed in (0, 1, 4)]
-    text = results.markdown_group(*results.load_groups(save(tmp_path, *runs)).popitem())
+    text = table_of(tmp_path, *runs)
     table = cells(text)
     assert list(table) == ["softmax", "arcface"]
     assert table["softmax"]["rank-1"] == "72.0 ± 5.0" and table["softmax"]["mAP"] == "51.0 ± 2.5"
     assert table["softmax"]["n (seeds)"] == "3 (0-2)" and table["arcface"]["n (seeds)"] == "3 (0, 1, 4)"
     assert table["softmax"]["training time"] == "60 s" and table["arcface"]["training time"] == "2.0 min"
-    assert table["arcface"]["mAP against the best"] == "best"
-    assert table["softmax"]["mAP against the best"] == "lower, p < 0.001"  # common seeds 0 and 1: constant difference
-    assert "1 comparisons with arcface" in text and "cpu (x86_64), 2 threads, torch 2.9.0" in text
+    assert table["arcface"]["mAP against the highest"] == "highest mean"
+    assert table["softmax"]["mAP against the highest"] == "lower, p < 0.001"  # seeds 0 and 1: constant difference
+    assert "Compared with arcface: 1 published losses." in text
+    assert "cpu (x86_64), 2 threads, torch 2.9.0" in text and "n = 1" not in text
     assert "not run" not in text and "published rank-1" not in table["softmax"]
 
 
-def test_indistinguishable_losses_say_so(tmp_path):
+def test_losses_that_are_not_told_apart_are_not_called_equal(tmp_path):
     """Differences 0.01, -0.01, 0.02: t = 0.00667 / (0.01528 / sqrt(3)) = 0.756, p = 1 - t / sqrt(t^2 + 2) = 0.529."""
-    runs = [result("softmax", seed, mAP) for seed, mAP in enumerate((0.50, 0.52, 0.50))]
-    runs += [result("arcface", seed, mAP) for seed, mAP in enumerate((0.51, 0.51, 0.52))]
-    table = cells(results.markdown_group(*results.load_groups(save(tmp_path, *runs)).popitem()))
-    assert table["softmax"]["mAP against the best"] == "= best, p = 0.529"
+    text = table_of(tmp_path, *seeds_of("softmax", (0.50, 0.52, 0.50)), *seeds_of("arcface", (0.51, 0.51, 0.52)))
+    assert cells(text)["softmax"]["mAP against the highest"] == "not shown to be lower, p = 0.529"
+    whole = results.markdown(results.load_groups(tmp_path))
+    assert '"not shown to be lower" is no proof of being equal' in whole
+    assert "The highest of several means is chosen by the same seeds that it is tested with" in whole
+
+
+def test_later_and_other_losses_stand_in_parts_of_their_own(tmp_path):
+    runs = [run for loss in ("circle", "center", "softmax", "arcface") for run in seeds_of(loss, (0.5, 0.6))]
+    text = table_of(tmp_path, *runs)
+    first, later = text.split("Later losses:")
+    later, others = later.split("Other losses:")
+    assert [list(cells(part)) for part in (first, later, others)] == [["softmax", "arcface"], ["circle"], ["center"]]
+    assert "Compared with softmax: 1 published losses, 1 later losses, 1 other losses." in text
 
 
 def test_one_seed_says_that_nothing_can_be_said(tmp_path):
-    text = results.markdown_group(*results.load_groups(save(tmp_path, result(), result("triplet"))).popitem())
+    text = table_of(tmp_path, result(), result("triplet"))
     assert "neither an interval nor a test" in text
-    assert cells(text)["softmax"]["mAP"] == "50.0" and "mAP against the best" not in cells(text)["softmax"]
+    assert cells(text)["softmax"]["mAP"] == "50.0" and "mAP against the highest" not in cells(text)["softmax"]
 
 
 def test_market_shows_all_rows_beside_the_published_numbers(tmp_path):
-    text = results.markdown(results.load_groups(save(tmp_path, result("arcface", dataset="market"))))
+    text = results.markdown(groups_of(tmp_path, result("arcface", dataset="market")))
     market, duke = text.split("**DukeMTMC-reID**")
     table = cells(market)
     assert list(table) == list(TWELVE)
     assert table["arcface"]["mAP"] == "50.0" and table["arcface"]["published mAP"] == "65.0"
     assert table["npair"]["rank-1"] == table["npair"]["mAP"] == "not run"
     assert (table["npair"]["published rank-1"], table["npair"]["published mAP"]) == ("79.8", "62.2")
-    assert table["npair"]["command"] == "" and len(cells(duke)) == 12
+    assert len(cells(duke)) == 12
+
+
+def test_an_incomplete_copy_is_named_and_stands_beside_no_published_number(tmp_path):
+    """It is another group than a complete copy, and shows what was run only."""
+    titles = {"market": "Market-1501 (incomplete)"}
+    groups = groups_of(tmp_path, result(dataset="market"), result(dataset="market", titles=titles),
+                       result(dataset="duke", titles={"duke": "DukeMTMC-reID"}))  # fmt: skip
+    whole, partial, duke = (results.markdown_group(*group) for group in groups.items())
+    assert partial.startswith("**Market-1501 (incomplete), controlled recipe") and list(cells(partial)) == ["softmax"]
+    assert "published mAP" not in cells(partial)["softmax"] and "not run" not in partial
+    assert whole.startswith("**Market-1501, ") and duke.startswith("**DukeMTMC-reID, ")
+    assert all("published mAP" in cells(text)["softmax"] for text in (whole, duke))
+    save(tmp_path / "other", result(dataset="market", titles=titles))
+    text = results.markdown(results.load_groups(tmp_path / "other"))
+    assert "**Market-1501 and DukeMTMC-reID**" in text  # the complete ones were not run
+
+
+def test_several_data_sets_are_a_group_of_their_own(tmp_path):
+    titles = {"market": "Market-1501", "msmt17": "MSMT17 V2"}
+    text = table_of(tmp_path, result(dataset="market+msmt17", titles=titles))
+    assert text.startswith("**Market-1501 + MSMT17 V2, controlled recipe") and list(cells(text)) == ["softmax"]
+    assert "published" not in text and "--dataset market+msmt17" in text
+    text = table_of(tmp_path / "other", result(dataset="market+duke"))
+    assert text.startswith("**Market-1501 + DukeMTMC-reID, ") and "published" not in text
 
 
 def test_data_sets_that_nobody_ran_share_one_table(tmp_path):
-    text = results.markdown(results.load_groups(save(tmp_path, result())))
-    table = cells(text.split("**Market-1501 and DukeMTMC-reID**")[1])
-    assert list(table) == list(TWELVE)
-    row = table["sphereface"]
-    assert row["Market-1501 mAP"] == row["DukeMTMC-reID rank-1"] == "not run"
-    assert row["Market-1501 published rank-1"] == "86.2" and row["DukeMTMC-reID published mAP"] == "58.1"
+    text = results.markdown(groups_of(tmp_path, result())).split("**Market-1501 and DukeMTMC-reID**")[1]
+    assert list(cells(text)) == list(TWELVE)
+    (line,) = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| sphereface ")]
+    assert line == ["sphereface", "not run", "not run", "86.2", "70.0", "not run", "not run", "76.0", "58.1"]
 
 
-def test_the_command_of_a_row_gives_that_run(tmp_path):
-    run = result("softmax+0.01*center", seed=3, lr=1e-3, workers=2, loss_args=["center.alpha=0.25"])
-    group = results.load_groups(save(tmp_path, run)).popitem()
-    command = cells(results.markdown_group(*group))["softmax+center"]["command"].strip("`")
-    assert "/home/me" not in command and "--workers" not in command
-    words = shlex.split(command)
-    assert words[:2] == ["python", "train.py"]
-    explicit = vars(train.build_parser().parse_args(words[2:]))
-    again = train.resolve_flags(explicit)
-    wanted = {**run["args"], "loss_args": []}
-    ignored = {"loss_args", "data_dir", "workers"}
-    assert {k: v for k, v in again.items() if k not in ignored} == {k: wanted[k] for k in again.keys() - ignored}
-    assert explicit["loss_args"] == ["center.alpha=0.25"]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"loss": "softmax+0.01*center", "lr": 1e-3, "workers": 2, "loss_args": ["center.alpha=0.25"]},
+        {"loss": "sphereface", "recipe": "published", "dataset": "market", "amp": True},
+        {"loss": "sphereface", "epochs": 7, "tf32": False, "milestones": []},
+        {"loss": "circle", "sampler": "random", "batch_size": 9, "random_crop": True, "synthetic_ids": 20},
+    ],
+    ids=["weight", "published", "steps", "sampler"],
+)
+def test_the_command_of_a_row_gives_that_run(flags):
+    run = result(seed=3, **flags)
+    words = shlex.split(results.command(run["args"]))
+    assert words[:2] == ["python", "train.py"] and not {"--workers", "--data-dir"} & {*words}
+    again = count_steps(new_run(vars(build_parser().parse_args(words[2:]))), 39 * 5)
+    assert {k: again[k] for k in DEFAULTS.keys() - {*FREE}} == {k: run["args"][k] for k in DEFAULTS.keys() - {*FREE}}
+    assert again["loss"] == run["args"]["loss"] and sorted(again["loss_args"]) == sorted(run["args"]["loss_args"])
+
+
+def test_the_caption_says_how_a_row_is_run(tmp_path):
+    text = table_of(tmp_path, result("arcface", seed=4, epochs=9, data_dir="/home/me"))
+    assert "A row: `python train.py --loss LOSS --dataset synthetic --epochs 9 --milestones 4 --seed 0`." not in text
+    assert "A row: `python train.py --loss LOSS --dataset synthetic --epochs 9 --seed 0`." in text
 
 
 def test_duration_and_seeds_in_words():
@@ -227,55 +333,110 @@ def test_duration_and_seeds_in_words():
 
 # -------------------------------------------------------------------------------------------------------------- groups
 
+SETTINGS = [
+    {"recipe": "published"}, {"arch": "resnet34"}, {"epochs": 3}, {"width": 32}, {"amp": True}, {"lr": 0.1},
+    {"synthetic_ids": 20}, {"synthetic_seed": 1}, {"eval_on": "val"}, {"metric": "euclidean"}, {"weights": "imagenet"},
+    {"p": 8}, {"ignore_cameras": True}, {"loss_args": ["label_smoothing=0.1"]}, {"milestones": [1]}, {"tf32": True},
+    {"tf32": False}, {"compile": True}, {"deterministic": True}, {"loss_lr": 0.5}, {"skip_bad_images": True},
+    {"sampler": "random"}, {"random_crop": True}, {"dataset": "market"}, {"dataset": "market+duke"},
+]  # fmt: skip
 
-@pytest.mark.parametrize(
-    "flags",
-    [{"recipe": "published"}, {"arch": "resnet34"}, {"epochs": 3}, {"width": 32}, {"amp": False}, {"lr": 0.1},
-     {"synthetic_ids": 20}, {"eval_on": "val"}, {"metric": "euclidean"}, {"weights": "imagenet"}, {"p": 8},
-     {"ignore_cameras": True}, {"loss_args": ["label_smoothing=0.1"]}, {"milestones": [1]}, {"dataset": "market"}],
-    ids=lambda flags: next(iter(flags)),
-)  # fmt: skip
+
+@pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: "-".join(map(str, *flags.items())))
 def test_other_settings_are_other_groups(tmp_path, flags):
-    groups = results.load_groups(save(tmp_path, result(), result(**flags)))
+    groups = groups_of(tmp_path, result(), result(**flags))
     assert len(groups) == 2 and all(len(rows) == 1 for rows in groups.values())
 
 
+@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if isinstance(value, int | float)
+                                 and key not in reader_options()])  # fmt: skip
+def test_every_number_and_switch_makes_a_group_unless_it_changes_no_number(key):
+    """Also one that is new: its value is made up here."""
+    args = result()["args"]
+    value = not args[key] if isinstance(args[key], bool) else args[key] * 1.5 + 1
+    own = results.own_flags({**args, key: type(args[key])(value)})
+    assert (key in own) == (key not in (*FREE, "seed"))
+
+
 def test_a_written_loss_weight_is_a_group_of_its_own(tmp_path):
-    runs = [result("softmax+center"), result("softmax+0.1*center")]
-    groups = results.load_groups(save(tmp_path, *runs))
-    assert len(groups) == 2 and any("--loss softmax+0.1*center" in setting for setting in groups)
+    groups = groups_of(tmp_path, result("softmax+center"), result("softmax+0.1*center"))
+    assert len(groups) == 2 and any("--loss 'softmax+0.1*center'" in setting for setting in groups)
 
 
 def test_machine_and_seed_do_not_make_a_group(tmp_path):
-    runs = [result(), result(seed=1, workers=1, device="cpu", eval_every=1, data_dir="/elsewhere")]
-    (rows,) = results.load_groups(save(tmp_path, *runs)).values()
-    assert list(rows["softmax"]) == [0, 1]
+    changed = {"workers": 1, "device": "cpu", "eval_every": 1, "data_dir": "/else", "cache": "off", "save_every": 0}
+    assert changed.keys() <= {*FREE}
+    assert list(one_group(tmp_path, result(), result(seed=1, **changed))["softmax"]) == [0, 1]
+
+
+@pytest.mark.parametrize("recipe", ["controlled", "published"])
+@pytest.mark.parametrize("loss", ["softmax", "sphereface", "cosface", "softmax+center", "circle"])
+def test_flags_that_say_what_the_recipe_says_change_nothing(tmp_path, loss, recipe):
+    """A run with the quick setting typed in full, and one that left it to the recipe, beside another loss, to which
+    the recipe gives other numbers."""
+    quick = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5, "milestones": [4]}
+    rows = one_group(tmp_path, result(loss, recipe=recipe), result(loss, seed=1, recipe=recipe, **quick),
+                     result("arcface", recipe=recipe))  # fmt: skip
+    assert list(rows[loss]) == [0, 1] and list(rows["arcface"]) == [0]
+
+
+def test_milestones_that_follow_from_other_epochs_are_the_recipes_own(tmp_path):
+    """With 12 epochs, published keeps its milestones and controlled derives them: neither is a flag of its own."""
+    for recipe, milestones in [("published", [20, 40]), ("controlled", [4, 8])]:
+        run = result(dataset="market", recipe=recipe, epochs=12)
+        assert run["args"]["milestones"] == milestones
+        assert results.own_flags(run["args"]) == {"epochs": 12}
+        assert "--milestones" not in results.describe(run["args"])
+
+
+def test_a_number_by_steps_is_no_setting_of_its_own(tmp_path):
+    """Of another number of steps, as another data set has it; a number that was typed is one."""
+    other = result("sphereface", seed=1)
+    before = other["args"]["loss_args"]
+    other["args"]["loss_args"] = [pair.replace("lambda_gamma=", "lambda_gamma=9") for pair in before]
+    assert other["args"]["loss_args"] != before
+    assert list(one_group(tmp_path, result("sphereface"), other)["sphereface"]) == [0, 1]
+    typed = result("sphereface", loss_args=["sphereface.lambda_gamma=0.5"])
+    assert len(groups_of(tmp_path / "other", result("sphereface"), typed)) == 2
+
+
+def test_a_flag_that_an_older_run_lacks_counts_as_its_default(tmp_path):
+    new = ("tf32", "deterministic", "compile", "synthetic_seed", "save_every", "split_seed", "skip_bad_images")
+    assert {*new} <= DEFAULTS.keys()
+    assert list(one_group(tmp_path, result(), older(result(seed=1), *new))["softmax"]) == [0, 1]
+    assert len(groups_of(tmp_path / "other", result(deterministic=True), older(result(seed=1), *new))) == 2
+
+
+def test_checked_in_runs_and_new_plain_ones_share_a_cell(tmp_path):
+    """The recorded runs typed their flags; the same runs without flags belong to the same rows."""
+    kept = json.loads((ROOT / "results/runs/synthetic_arcface_s0_quick.json").read_text(encoding="utf-8"))
+    assert len(kept["args"]["explicit"]) > 3
+    rows = one_group(tmp_path, kept, result("arcface", seed=77))
+    assert list(rows["arcface"]) == [0, 77]
 
 
 def test_the_setting_in_words():
-    assert results.describe(result(lr=0.1)["args"]) == (
-        "synthetic, 150 + 150 people, controlled recipe, resnet18, from scratch, 128x64, 2 epochs, bfloat16, --lr 0.1"
+    assert results.describe(result(lr=0.1, amp=True)["args"]) == (
+        "synthetic, 150 + 150 people, controlled recipe, resnet18, from scratch, 128x64, 5 epochs, bfloat16, --lr 0.1"
+    )
+    run = result(dataset="market", eval_on="val", compile=True, tf32=False)
+    assert results.describe(run["args"]) == (
+        "Market-1501, scored on held-out training identities, controlled recipe, resnet50, ImageNet weights, 256x128, "
+        "60 epochs, --no-tf32, --compile"
     )
 
 
 def test_groups_start_with_market_and_the_controlled_recipe(tmp_path):
     runs = [result(recipe="published"), result(), result(dataset="duke"), result(dataset="market", p=8),
             result(dataset="market")]  # fmt: skip
-    starts = [" ".join(setting.split()[:2]) for setting in results.load_groups(save(tmp_path, *runs))]
-    assert [start.split(",")[0] for start in starts] == ["Market-1501"] * 2 + ["DukeMTMC-reID"] + ["synthetic"] * 2
-    groups = list(results.load_groups(tmp_path))
+    groups = list(groups_of(tmp_path, *runs))
+    starts = [setting.split(",")[0] for setting in groups]
+    assert starts == ["Market-1501"] * 2 + ["DukeMTMC-reID"] + ["synthetic"] * 2
     assert "--p 8" not in groups[0] and "controlled" in groups[3] and "published" in groups[4]
 
 
-def test_runs_of_one_row_with_other_settings_are_refused(tmp_path):
-    changed = result(seed=1)
-    changed["args"]["loss_lr"] = 0.5  # the recipe's row was changed between the two
-    with pytest.raises(ValueError, match="000.json and .*differ in loss_lr|001.json and .*differ in loss_lr"):
-        results.load_groups(save(tmp_path, result(), changed))
-
-
 def test_the_same_run_counts_once(tmp_path, capsys):
-    (rows,) = results.load_groups(save(tmp_path, result(mAP=0.5), result(mAP=0.6, device="cpu"))).values()
+    rows = one_group(tmp_path, result(mAP=0.5), result(mAP=0.6, workers=1))
     assert rows["softmax"][0]["mAP"] == 0.5
     assert "001.json is left out: the same run as" in capsys.readouterr().err
 
@@ -303,7 +464,7 @@ def test_collected_runs_are_small_and_name_no_machine(tmp_path):
     assert path == tmp_path / "results/runs/market_softmax_s0.json" and path.stat().st_size < 10_000
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file
     kept = json.loads(path.read_text())
-    assert not any("/home" in text for text in strings(kept))
+    assert not any("/home" in text for text in strings(kept)) and "val_pids" not in kept["args"]
     assert kept["args"]["weights"] == kept["args"]["explicit"]["weights"] == "resnet18.pth"
     assert kept["args"]["environment"] == run["args"]["environment"] and kept["args"]["explicit"]["eval_every"] == 1
     assert (kept["mAP"], kept["rank20"], kept["num_queries"], kept["row"]) == (0.5, 0.95, 600, "softmax")
@@ -313,7 +474,7 @@ def test_collected_runs_are_small_and_name_no_machine(tmp_path):
 
 
 def test_an_unfinished_run_is_not_collected(tmp_path):
-    with pytest.raises(FileNotFoundError, match="only a finished run"):
+    with pytest.raises(ValueError, match="only a finished run"):
         results.collect(tmp_path, tmp_path / "results")
 
 
@@ -324,23 +485,33 @@ def test_run_folders_are_read_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message",
-    [("{", "not valid JSON"), ("[]", "not the result of a finished run"), ("{}", "not the result of a finished run"),
-     (json.dumps({**result(), "mAP": None}), "mAP"), (json.dumps({**result(), "args": {"explicit": {}}}), "dataset")],
-    ids=["cut", "list", "empty", "no mAP", "no flags"],
-)  # fmt: skip
-def test_broken_files_are_named(tmp_path, text, message):
+    "change, message",
+    [
+        (lambda run: "{", "can't be read as a run"),
+        (lambda run: "[]", "not the result of a finished run"),
+        (lambda run: "{}", "not the result of a finished run"),
+        (lambda run: b"\xff\xfe", "can't be read as a run"),
+        (lambda run: {**run, "mAP": None}, "mAP"),
+        (lambda run: {**run, "args": {"explicit": {}}}, "loss"),
+        (lambda run: {**run, "args": {**run["args"], "loss": "no_loss"}}, "unknown loss 'no_loss'"),
+    ],
+    ids=["cut", "list", "empty", "bytes", "no mAP", "no flags", "no loss"],
+)
+def test_broken_files_are_named(tmp_path, change, message):
     save(tmp_path, result())
-    (tmp_path / "runs/broken.json").write_text(text)
-    with pytest.raises(ValueError, match=f"broken.json.*{message}"):
+    content = change(result())
+    content = json.dumps(content) if isinstance(content, dict) else content
+    path = tmp_path / "runs/broken.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"broken.json.*{message}.*: remove it") as caught:
         results.load_groups(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_folders_without_runs(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no runs"):
-        results.load_groups(tmp_path)
-    with pytest.raises(FileNotFoundError, match="not a folder"):
-        results.load_groups(tmp_path / "absent")
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match="holds no finished runs"):
+            results.load_groups(folder)
 
 
 def test_update_replaces_what_is_between_the_markers(tmp_path):
@@ -363,7 +534,7 @@ def test_csv_holds_the_same_numbers(tmp_path):
     with open(tmp_path / "table.csv", newline="") as file:
         duke, synthetic = csv.DictReader(file)
     assert (duke["loss"], duke["n"], duke["published_rank1"], duke["published_mAP"]) == ("arcface", "2", "75.2", "54.3")
-    assert synthetic["published_mAP"] == synthetic["p_against_best_holm"] == "" and synthetic["seeds"] == "0 1 2"
+    assert synthetic["published_mAP"] == synthetic["p_against_highest_holm"] == "" and synthetic["seeds"] == "0 1 2"
     assert float(synthetic["mAP"]) == pytest.approx(51.0)
     assert float(synthetic["mAP_half_interval"]) == pytest.approx(4.302653 / 3**0.5, rel=1e-4)
     assert float(synthetic["training_seconds"]) == 60 and synthetic["command"].startswith("python train.py --loss ")
@@ -375,23 +546,23 @@ def test_command_line_writes_what_is_asked_for(tmp_path, capsys):
     results.main([str(folder)])
     assert capsys.readouterr().out.strip() == text.strip()
     (tmp_path / "README.md").write_text(f"{results.BEGIN}\n{results.END}\n")
-    results.main([str(folder), "--markdown", str(tmp_path / "t.md"), "--update", str(tmp_path / "README.md")])
-    assert capsys.readouterr().out == "" and (tmp_path / "t.md").read_text() == text
-    assert (tmp_path / "README.md").read_text() == f"{results.BEGIN}\n{text}{results.END}\n"
+    results.main([str(folder), "--update", str(tmp_path / "README.md")])
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == f"{results.BEGIN}\n{text}{results.END}\n"
 
 
-def test_estimate_says_what_it_is_based_on(tmp_path):
-    runs = {"synthetic_softmax_s0_quick": 100.0, "synthetic_softmax_s1_quick": 200.0,
-            "synthetic_multi_similarity_s0_quick": 30.0, "synthetic_softmax_s0": 1e6}  # fmt: skip
-    (tmp_path / "runs").mkdir()
-    for name, seconds in runs.items():
-        (tmp_path / f"runs/{name}.json").write_text(json.dumps(results.compact(result(seconds=seconds))))
-    # the same loss: mean 150 s and 30 s; another loss of that setting: mean of all three, 110 s
-    same = [f"synthetic_{loss}_s7_quick" for loss in ("softmax", "multi_similarity", "sphereface_m1")]
-    assert "3 runs, about 4.8 min" in results.estimate(same, tmp_path)
-    assert "3 by finished runs" in results.estimate(same, tmp_path) and "assum" not in results.estimate(same, tmp_path)
-    other = results.estimate(["market_softmax_s0", "market_softmax_s0_quick"], tmp_path)
-    assert "about 23.0 min" in other and other.count("1 by assumption") == 2 and "finished" not in other
+def test_collecting_runs_by_the_command_line(tmp_path, capsys, monkeypatch):
+    """What maintainers do with finished runs; nothing else writes there."""
+    monkeypatch.chdir(tmp_path)
+    for name, run in (("a", result()), ("b", result("triplet"))):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "result.json").write_text(json.dumps(run))
+    results.main(["--collect", "runs/a", "runs/b", "--into", "kept"])
+    assert capsys.readouterr().out.split() == ["kept/runs/a.json", "kept/runs/b.json"]
+    results.main([])
+    own = capsys.readouterr().out
+    results.main(["kept"])
+    assert capsys.readouterr().out == own and "| triplet" in own
 
 
 # -------------------------------------------------------------------------------------------------------------- figure
@@ -404,12 +575,12 @@ def test_figure_shows_the_means(tmp_path, monkeypatch):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    runs = [result(loss, seed, 0.4 + 0.1 * seed) for loss in ("softmax", "arcface") for seed in (0, 1)]
+    runs = [result(loss, seed, 0.4 + 0.1 * seed, epochs=2) for loss in ("softmax", "arcface") for seed in (0, 1)]
     for run in runs[:3]:  # the last was not scored after its first epoch
         run["log"][0] |= {"rank1": 0.3, "mAP": 0.2 + 0.1 * run["args"]["seed"]}
     folder = save(tmp_path, *runs, result("triplet", recipe="published"))
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    results.main([str(folder), "--figure", str(tmp_path / "figure.png")])
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    figure.main([str(folder), "--out", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     axes = pyplot.gcf().axes
     assert len(axes) == 6  # two groups
@@ -428,31 +599,27 @@ def test_figure_shows_the_means(tmp_path, monkeypatch):
 def test_figure_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        results.main([str(save(tmp_path, result())), "--figure", str(tmp_path / "figure.png")])
+        figure.main([str(save(tmp_path, result())), "--out", str(tmp_path / "figure.png")])
 
 
 # -------------------------------------------------------------------------------------------------- what is checked in
 
 
-def test_the_readme_shows_the_table_of_the_runs_in_results():
-    """If this fails: python -m utils.results results/ --update README.md"""
-    text = (ROOT / "README.md").read_text()
-    assert results.BEGIN in text, "README.md needs the two markers around its table"
-    shown = text.partition(results.BEGIN)[2].partition(results.END)[0]
-    assert shown.strip() == results.markdown(results.load_groups(ROOT / "results")).strip()
+def checked_in():
+    paths = sorted(ROOT.glob("results/**/runs/*.json"))
+    assert paths, "no runs in results/runs: the tables need them"
+    return paths
 
 
 def test_checked_in_runs_are_compact_and_can_be_repeated():
-    paths = results.find_runs(ROOT / "results")
-    assert paths, "no runs in results/runs: the README's table needs them"
-    for path in paths:
-        run = json.loads(path.read_text())
+    """Their command, typed today, gives the flags that they were run with: no recipe has changed since."""
+    for path in checked_in():
+        run = json.loads(path.read_text(encoding="utf-8"))
         assert path.stat().st_size < 10_000 and results.compact(run) == run, path
         assert not any(re.match(r"(/|[A-Za-z]:\\)", text) for text in strings(run)), path
-        words = shlex.split(results.command(run))[2:]
-        again = train.resolve_flags(vars(train.build_parser().parse_args(words)))
-        for key in ("loss", "loss_lr", "dataset", "recipe", "arch", "height", "width", "epochs", "amp", "seed", "lr"):
-            assert again[key] == run["args"][key], f"{path}: the recipe's {key} has changed since: run it again"
-        for key, value in again["loss_args"].items():
-            if not str(value).endswith("/steps"):  # worked out when the number of steps is known
-                assert f"{key}={value!r}" in run["args"]["loss_args"], f"{path}: the recipe's {key} has changed since"
+        args = {**DEFAULTS, **run["args"]}
+        again = new_run(vars(build_parser().parse_args(shlex.split(results.command(args))[2:])))
+        for key in ("loss", "dataset", *(key for key in DEFAULTS if key not in FREE)):
+            assert again[key] == args[key], f"{path}: the recipe's {key} has changed since: run it again"
+        for pair in again["loss_args"]:
+            assert pair in args["loss_args"], f"{path}: the recipe's {pair} is new since: run it again"

@@ -180,7 +180,7 @@ def locked(folder: Path, new: bool = False):
     new: nobody has begun a run there. Temporary files that a killed process left behind are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
             import fcntl
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from utils.distributed import world_size
 from utils.errors import UserError
 
 
@@ -61,6 +62,7 @@ def environment(device: torch.device, images: str, tf32: bool | None) -> dict[st
         "torch": torch.__version__,
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "tf32": {None: "convolutions", True: "on", False: "off"}[tf32] if device.type == "cuda" else "off",
         "images": images,
     }

@@ -1,11 +1,11 @@
 """Embeddings of a test set on disk, so that the output of any system can be scored: save, load, and cameras from paths.
 
-Eight arrays, in one NAME.npz or as a folder of .npy files with the same names:
+Up to eight arrays, in one NAME.npz or as a folder of .npy files with the same names:
 
     query          (Q, D) float     gallery          (G, D) float     embeddings, a row per image
     query_pids     (Q,) integer     gallery_pids     (G,) integer     identity; -1 junk, dropped from the ranking
-    query_camids   (Q,) integer     gallery_camids   (G,) integer     camera
-    query_paths    (Q,) text        gallery_paths    (G,) text        optional; needed to ignore cameras
+    query_camids   (Q,) integer     gallery_camids   (G,) integer     camera; optional where cameras are ignored
+    query_paths    (Q,) text        gallery_paths    (G,) text        optional; tells a query's own image in the gallery
 
 The files of a folder are memory-mapped: a gallery larger than the memory is read as it is used. Nothing is unpickled.
 """
@@ -24,15 +24,16 @@ from utils.errors import UserError
 class Features(NamedTuple):
     query: np.ndarray  # (Q, D)
     query_pids: np.ndarray  # (Q,)
-    query_camids: np.ndarray  # (Q,)
+    query_camids: np.ndarray | None  # (Q,)
     gallery: np.ndarray  # (G, D)
     gallery_pids: np.ndarray  # (G,)
-    gallery_camids: np.ndarray  # (G,)
+    gallery_camids: np.ndarray | None  # (G,)
     query_paths: np.ndarray | None = None  # (Q,) text
     gallery_paths: np.ndarray | None = None  # (G,) text
 
 
-OPTIONAL = ("query_paths", "gallery_paths")
+PATHS = ("query_paths", "gallery_paths")
+NEEDED = ("query", "query_pids", "gallery", "gallery_pids")
 
 
 def save_features(path: str | Path, features: Features) -> Path:
@@ -48,7 +49,7 @@ def save_features(path: str | Path, features: Features) -> Path:
     for name, value in features._asdict().items():
         if value is None:
             continue
-        if name in OPTIONAL:
+        if name in PATHS:
             arrays[name] = np.array([os.fspath(item) for item in value], dtype=np.str_)
         else:
             if hasattr(value, "detach"):  # a tensor; numpy has no bfloat16
@@ -103,7 +104,7 @@ def load_features(path: str | Path) -> Features:
                 if name in archive.files:
                     arrays[name] = _read(path, archive, name)
     _check(arrays, path)
-    return Features(**arrays)
+    return Features(**{name: arrays.get(name) for name in Features._fields})
 
 
 def path_cameras(query_paths, gallery_paths) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +114,10 @@ def path_cameras(query_paths, gallery_paths) -> tuple[np.ndarray, np.ndarray]:
     Raises UserError without paths.
     """
     if query_paths is None or gallery_paths is None:
-        raise UserError("Ignoring cameras needs the paths of the images: add query_paths and gallery_paths.")
+        raise UserError(
+            "Ignoring cameras needs the paths of the images, by which a query's own image is known in the gallery: add "
+            "query_paths and gallery_paths (any text, the same for the same picture)."
+        )
     names = np.array([os.fspath(path) for path in (*query_paths, *gallery_paths)], dtype=np.str_)
     cameras = np.unique(names, return_inverse=True)[1].astype(np.int64)
     return cameras[: len(query_paths)], cameras[len(query_paths) :]
@@ -132,12 +136,13 @@ def _read(path: Path, archive=None, name: str = "", mmap_mode: str | None = None
 
 def _check(arrays: dict[str, np.ndarray], path: Path) -> None:
     """The arrays are there and fit together, or a UserError says which does not."""
-    missing = [name for name in Features._fields if name not in arrays and name not in OPTIONAL]
+    missing = [name for name in NEEDED if name not in arrays]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: features are {', '.join(Features._fields)}.")
+        more = ", ".join(name for name in Features._fields if name not in NEEDED)
+        raise UserError(f"{path} lacks {', '.join(missing)}: features are {', '.join(NEEDED)}, and optionally {more}.")
     for name, array in arrays.items():
         kinds, what = ("f", "numbers (float)") if name in ("query", "gallery") else ("iu", "integers")
-        kinds, what = ("U", "text") if name in OPTIONAL else (kinds, what)
+        kinds, what = ("U", "text") if name in PATHS else (kinds, what)
         shape = (len(arrays[name.split("_")[0]]),) if array.ndim and arrays[name.split("_")[0]].ndim else ()
         known = array.dtype.kind in kinds and (kinds == "U" or array.dtype.itemsize <= 8)  # torch knows 64 bits at most
         if not known or array.ndim != (2 if kinds == "f" else 1) or array.shape[:1] != shape:

@@ -23,7 +23,8 @@ def draw(groups: Groups, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(groups), 3, figsize=(15, 5 * len(groups)), squeeze=False, layout="constrained")
+    size = (15, 4.5 * len(groups))
+    figure, axes = pyplot.subplots(len(groups), 3, figsize=size, squeeze=False, layout="constrained")
     for (setting, rows), (scores, losses, curves) in zip(groups.items(), axes, strict=True):
         summary, shown = summarise(rows), set()  # seeds whose mAP is drawn over the epochs
         colours = dict(zip(dict.fromkeys([*ROWS, *rows]), matplotlib.colormaps["tab20"].colors * 2, strict=False))
@@ -31,8 +32,8 @@ def draw(groups: Groups, path: Path) -> None:
             row, (mean, half) = entry["row"], entry["mAP"]
             style = "--" if list(colours).index(row) % 2 else "-"  # colours come in pairs of dark and pale
             scores.errorbar(100 * mean, place, xerr=100 * (half or 0), fmt="o", capsize=3, color=colours[row])
-            first = entry["runs"][0]["log"][0]["loss"] if entry["runs"][0]["log"] else 0
             epochs, values = mean_curve(entry["runs"], "loss")
+            first = values[0] if values else 0
             losses.plot(epochs, [value / first if first > 0 else value for value in values], style, color=colours[row])
             scored = [run for run in entry["runs"] if any("mAP" in line for line in run["log"])] or entry["runs"]
             shown |= {run["args"]["seed"] for run in scored}
@@ -49,7 +50,12 @@ def draw(groups: Groups, path: Path) -> None:
         for axis in (scores, losses, curves):
             axis.grid(alpha=0.3)
         curves.set_xlim(losses.get_xlim())
-        curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        legend = curves.get_legend_handles_labels()
+        on_the_way = any("mAP" in line for entry in summary for run in entry["runs"] for line in run["log"])
+        if not on_the_way:  # points at the last epoch are no curves: the legend takes their room
+            curves.clear()
+            curves.set_axis_off()
+        curves.legend(*legend, fontsize="small", loc="center left", bbox_to_anchor=(1 if on_the_way else 0, 0.5))
         scores.set_title(setting, fontsize="medium", loc="left")
     kind = path.suffix[1:] or "png"
     write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=kind))

@@ -51,6 +51,8 @@ DEFAULTS = {
     "random_crop": False,
     "pad_crop": 0,
     "random_erasing": 0,
+    "micro_batches": 1,
+    "sync_bn": False,
     "amp": False,
     "tf32": None,  # PyTorch's own: on for convolutions, off for other products
     "compile": False,
@@ -62,8 +64,9 @@ DEFAULTS = {
     "seed": 0,
     "eval_every": 0,
     "save_every": 60,
+    "tensorboard": False,
 }
-FREE = ("data_dir", "workers", "cache", "device", "eval_every", "save_every")  # change no number of a training
+FREE = ("data_dir", "workers", "cache", "device", "eval_every", "save_every", "tensorboard")  # change no number
 OPPOSITES = ("random_crop", "tf32", "flip_test")  # switches that --no-... turns off
 SCORING = ("metric", "ignore_cameras", "flip_test")  # change no number of a training but its score
 
@@ -127,13 +130,17 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="a black border and a random crop of the old size; for a height of 256, others in proportion (default: 0)")
     add("--random-erasing", type=number(float, zero=True, most=1), metavar="P",
         help="a random rectangle is set to the mean colour with this probability (default: 0)")
+    # several processes, parts of a batch: the loss is over the whole batch, batch normalisation is not
+    add("--micro-batches", type=number(int), help="pass a process's batch in N parts, which saves memory and takes one "
+        "more forward pass; batch normalisation sees a part at a time (default: the recipe's, 1)")
+    add("--sync-bn", action="store_true", help="under torchrun on GPUs: batch normalisation over all processes")
     # speed and device
     add("--amp", action="store_true", help="bfloat16 autocast for the backbone; losses stay in float32")
     add("--tf32", action=switch, help="TF32 products of float32 on a GPU (default: PyTorch's own, convolutions only)")
     add("--compile", action="store_true", help="torch.compile the backbone: 20 s of warm-up or more")
     add("--deterministic", action="store_true", help="the same bits on every run of one GPU, at some cost in speed")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 16)")
+    add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 4)")
     add("--cache", choices=("auto", "off"), help="auto: keep decoded images if they take at most half of the memory")
     # run
     add("--seed", type=number(int, zero=True), help="seed of weights, batches and augmentation (default: 0)")
@@ -142,6 +149,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--eval-every", type=number(int, zero=True), help="score every N epochs, too (default: 0, only at the end)")
     add("--save-every", type=number(float, zero=True), metavar="SECONDS",
         help="save after an epoch if the last save is older (default: 60; 0: after each); a killed run loses the rest")
+    add("--tensorboard", action="store_true", help="the log as curves in RUN/tensorboard, too, if it is installed")
     add("--metric", choices=("cosine", "euclidean"), help="distance of the scoring (default: cosine)")
     add("--ignore-cameras", action="store_true", help="scoring drops only the query image itself, not its whole camera")
     add("--flip-test", action=switch, help="scoring takes the mean of an image's and its mirror image's embedding")

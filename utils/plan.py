@@ -97,7 +97,8 @@ def estimate(runs: list[dict]) -> str:
 
 def setting(args: dict) -> str:
     """What decides how long a training takes, but for the loss."""
-    return str([args["dataset"], args["recipe"], own_flags({**args, "loss_args": []})])
+    own = {key: value for key, value in own_flags(args).items() if key not in ("loss", "loss_args")}
+    return str([args["dataset"], args["recipe"], own])
 
 
 def commands(runs: list[dict], jobs: int, python: str) -> list[str]:

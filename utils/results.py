@@ -3,6 +3,7 @@
     python -m utils.results                                 # your own runs, in runs/
     python -m utils.results results                         # those of this repository
     python -m utils.results results --csv results.csv --update results/README.md
+    python -m utils.results results --short --update README.md
     python -m utils.results --collect runs/market_arcface_s0 --into results      # keep a finished run's numbers there
 
 A folder holds run folders (*/result.json) or collected runs (runs/*.json). Runs are grouped by setting: data set,
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from losses import ROWS, row_name
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import load_json, write_text
 from utils.flags import DEFAULTS, FREE, command_line, new_run
 from utils.statistics import LEVEL, holm, interval, paired_p
 
@@ -98,7 +99,8 @@ def collect(run_dir: Path, folder: Path) -> Path:
     """Writes folder/runs/NAME.json, the compact form of run_dir/result.json (NAME: the run folder's name)."""
     if not (run_dir / "result.json").is_file():
         raise UserError(f"{run_dir} has no result.json: only a finished run can be collected")
-    run = read_run(run_dir / "result.json")
+    read_run(run_dir / "result.json")  # is it one?
+    run = compact(load_json(run_dir / "result.json"))
     path = folder / "runs" / f"{run_dir.resolve().name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in run.items()]
@@ -177,7 +179,7 @@ def summarise(rows: dict[str, dict[int, dict]]) -> list[dict]:
     """
     order = [row for row in ROWS if row in rows] + sorted(row for row in rows if row not in ROWS)
     scores = {row: {seed: run["mAP"] for seed, run in rows[row].items()} for row in order}
-    parts = {row: ROWS[row].part if row in ROWS else "yours" for row in order}
+    parts = {row: ROWS[row].part if row in ROWS else "other" for row in order}
     published = [row for row in order if parts[row] == "published"] or order
     candidates = [row for row in published if len(rows[row]) > 1] or published
     best = max(candidates, key=lambda row: statistics.fmean(scores[row].values()))
@@ -282,8 +284,8 @@ def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
             line += [NOT_RUN] * (len(header) - 3)
         if published:
             line += [f"{value:.1f}" for value in PUBLISHED[row][dataset]] if row in PUBLISHED else ["", ""]
-        parts.setdefault(ROWS[row].part if row in ROWS else "yours", []).append(line)
-    titles = {"published": "", "later": "Later losses:\n\n", "yours": "Other losses:\n\n"}
+        parts.setdefault(ROWS[row].part if row in ROWS else "other", []).append(line)
+    titles = {"published": "", "later": "Later losses:\n\n", "other": "Other losses:\n\n"}
     tables = [titles[part] + markdown_table(header, lines) for part, lines in parts.items()]
     devices = dict.fromkeys(device_of(run) for entry in summary for run in entry["runs"])
     caption = f"A row: `{command({**args, 'seed': 0}, loss='LOSS')}`. Trained on {'; '.join(devices)}."
@@ -331,6 +333,19 @@ def markdown(groups: Groups) -> str:
     return "\n".join(parts)
 
 
+def markdown_short(groups: Groups) -> str:
+    """The README's table: the generated set with the controlled recipe and no further flag, in few columns."""
+    plain = new_run({"loss": "softmax", "dataset": "synthetic"})
+    rows = groups.get(describe(plain))
+    if not rows:
+        raise UserError("--short: no runs of --dataset synthetic without further flags among these")
+    lines = [
+        [entry["row"], percent(*entry["rank1"]), percent(*entry["mAP"]), str(len(entry["seeds"])), verdict(entry)]
+        for entry in summarise(rows)
+    ]
+    return markdown_table(["loss", "rank-1", "mAP", "n", "mAP against the highest"], lines) + "\n"
+
+
 def write_csv(groups: Groups, path: Path) -> None:
     """A line per setting and loss; scores in percent, times in seconds, empty where there is no number."""
 
@@ -368,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # output; the table is printed unless it is written to a file
     parser.add_argument("--csv", type=Path, help="write the numbers to this file")
     parser.add_argument("--update", type=Path, help=f"put the tables between {BEGIN} and {END} of this file")
+    parser.add_argument("--short", action="store_true", help="only the README's table of the generated set")
     # for those who keep results
     parser.add_argument("--collect", type=Path, nargs="+", help="write these run folders' results to INTO/runs")
     parser.add_argument("--into", type=Path, default=Path("results"), help="folder for --collect (default: results)")
@@ -379,10 +395,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = load_groups(args.folder)
     if args.csv:
         write_csv(groups, args.csv)
+    text = markdown_short(groups) if args.short else markdown(groups)
     if args.update:
-        update(args.update, markdown(groups))
+        update(args.update, text)
     if not (args.csv or args.update):
-        print(markdown(groups))
+        print(text)
 
 
 if __name__ == "__main__":

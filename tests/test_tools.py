@@ -1,0 +1,531 @@
+"""tools/: each one run on a tiny trained network, and what it wrote looked at; the page of tools.show in a browser."""
+
+import base64
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import small_models
+from PIL import Image
+
+import train
+from data.images import normalise, stream_images
+from evaluate import load_run
+from models import build_model
+from tools import compare, embed, embedding, export, search, show
+from utils.errors import UserError
+from utils.ranking import rank_queries
+from utils.verification import Pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.usefixtures("small_network"), pytest.mark.filterwarnings("ignore:Market-1501 in")]
+CPU = ["--device", "cpu", "--workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_market, tmp_path_factory):
+    """Two finished runs, one of them with a name that HTML must not take for its own."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--dataset", "market", "--data-dir", str(tiny_market), "--arch", "resnet18", "--weights",
+             "none", "--p", "4", "--height", "32", "--width", "16", "--epochs", "1", *CPU]  # fmt: skip
+    with small_models():
+        for name, loss in (("one <b>", "softmax"), ("two", "triplet")):
+            train.main(["--loss", loss, *flags, "--run-dir", str(folder / name)])
+    return [folder / "one <b>", folder / "two"]
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """A copy of the first run, without anything that a tool kept."""
+    return Path(shutil.copytree(runs[0], tmp_path / "run", ignore=shutil.ignore_patterns("embeddings", "show*")))
+
+
+def wanted(run, paths):
+    """Embeddings as the network gives them, one image after the other."""
+    model, args = load_run(run, torch.device("cpu"))
+    images = stream_images(list(paths), args["height"], args["width"], torch.device("cpu"), 1, 0)
+    with torch.inference_mode():
+        return torch.cat([model(image) for image in images]).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ embedding
+
+
+def test_embed_a_folder_and_a_csv_file(run, tiny_market, tmp_path, capsys):
+    embed.main([str(tiny_market / "query"), str(tmp_path / "out.npz"), "--run", str(run), *CPU])
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as out:
+        assert out["paths"].tolist() == sorted(map(str, (tiny_market / "query").glob("*.png")))
+        np.testing.assert_allclose(out["embeddings"], wanted(run, map(Path, out["paths"])), atol=1e-5)
+        whole = out["embeddings"]
+    rows = [("who", "path"), *(("x", f"query/{path.name}") for path in sorted((tiny_market / "query").iterdir())[3:5])]
+    with (tiny_market / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    embed.main([str(tiny_market / "list.csv"), str(tmp_path / "some.npz"), "--run", str(run), *CPU])
+    assert (np.load(tmp_path / "some.npz")["embeddings"] == whole[3:5]).all()
+    assert "2 of 2 embeddings were kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="out.npz exists"):
+        embed.main([str(tiny_market / "query"), str(tmp_path / "out.npz"), "--run", str(run), *CPU])
+
+
+def test_only_new_and_changed_images_are_embedded(run, tiny_market, tmp_path, monkeypatch):
+    photos = Path(shutil.copytree(tiny_market / "query", tmp_path / "photos"))
+    paths, asked = sorted(photos.iterdir()), []
+    opened = embedding.open_run(run, "cpu", 1)
+    real = embedding.embed_paths
+    monkeypatch.setattr(embedding, "embed_paths", lambda run, new, *a: asked.append(list(new)) or real(run, new, *a))
+    monkeypatch.setattr(embedding, "CHUNK", 5)
+    first = embedding.embed_kept(opened, paths)[:]
+    assert [path for chunk in asked for path in chunk] == paths and max(map(len, asked)) == 5
+    shutil.copy(paths[1], paths[0])  # another size or time
+    os.utime(paths[0], ns=(1, 1))
+    paths[2].rename(photos / "new.png")
+    asked.clear()
+    again = embedding.embed_kept(opened, sorted(photos.iterdir(), reverse=True))
+    assert asked == [[photos / "new.png", paths[0]]]
+    found = dict(zip(again.paths, again[:], strict=True))
+    assert (found[paths[0]] == first[1]).all() and (found[photos / "new.png"] == first[2]).all()
+    assert all((found[path] == row).all() for path, row in list(zip(paths, first, strict=True))[3:])
+
+
+def test_a_stopped_tool_keeps_what_it_has_embedded(run, tiny_market, monkeypatch):
+    """Killed between rows and lines, within a line, or within a row: what is whole is used, the rest made anew."""
+    paths, opened = sorted((tiny_market / "query").iterdir()), embedding.open_run(run, "cpu", 1)
+    whole = embedding.embed_kept(opened, paths)[:]
+    (lines,), (rows,) = ((run / "embeddings").glob(end) for end in ("*.jsonl", "*.f32"))
+    text, numbers = lines.read_bytes(), rows.read_bytes()
+    t, n = len(text), len(numbers)
+    for kept_text, kept_rows in ((t - 9, n), (t, n - 6), (0, n), (7, 0)):
+        lines.write_bytes(text[:kept_text])
+        rows.write_bytes(numbers[:kept_rows])
+        assert (embedding.embed_kept(opened, paths)[:] == whole).all()
+        assert rows.stat().st_size == len(numbers)
+
+
+def test_another_checkpoint_is_embedded_anew(runs, run, tiny_market):
+    paths = sorted((tiny_market / "query").iterdir())
+    before = embedding.embed_kept(embedding.open_run(run, "cpu", 1), paths)[:]
+    for name in ("last.pt", "args.json"):
+        shutil.copy(runs[1] / name, run / name)
+    after = embedding.embed_kept(embedding.open_run(run, "cpu", 1), paths)[:]
+    assert not np.allclose(before, after)
+    np.testing.assert_allclose(after, wanted(run, paths), atol=1e-5)
+    assert len(list((run / "embeddings").glob("*.f32"))) == 1
+
+
+def test_bad_images_stop_or_are_left_out(run, tiny_market, tmp_path, capsys):
+    photos = Path(shutil.copytree(tiny_market / "query", tmp_path / "photos"))
+    (photos / "0000_bad.jpg").write_bytes(b"no picture")
+    (photos / "notes.txt").write_text("x")
+    flags = [str(photos), str(tmp_path / "out.npz"), "--run", str(run), *CPU]
+    with pytest.raises(UserError, match="0000_bad.jpg can't be read as an image"):
+        embed.main(flags)
+    embed.main([*flags, "--skip-bad-images"])
+    out = capsys.readouterr().out
+    assert "left out: " in out and "0000_bad.jpg" in out and "1 file of type .txt" in out
+    found = np.load(tmp_path / "out.npz")
+    assert len(found["paths"]) == 18 and str(photos / "0000_bad.jpg") not in found["paths"]
+    np.testing.assert_allclose(found["embeddings"], wanted(run, map(Path, found["paths"])), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, sentence", [("none", "does not exist"), ("empty", "holds no images"),
+                                            ("no.csv", "no column path"), ("lost.csv", "but stands in")])  # fmt: skip
+def test_images_that_are_not_there(tmp_path, name, sentence):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no.csv").write_text("file,pid\na.jpg,1\n")
+    (tmp_path / "lost.csv").write_text("path;pid\na.jpg;1\n")
+    with pytest.raises(UserError, match=sentence):
+        embedding.find_images(tmp_path / name)
+
+
+# --------------------------------------------------------------------------------------------------------------- search
+
+
+def table_rows(out):
+    """Of a printed table: (similarity, path) of each line that begins with a rank."""
+    return [(float(s), path) for s, path in re.findall(r"^ *\d+ +(-?\d\.\d+) +(\S+)$", out, flags=re.M)]
+
+
+def test_search_finds_what_a_sort_finds(run, tiny_market, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(search, "BLOCK", 7)
+    query, gallery = sorted((tiny_market / "query").iterdir())[4], tiny_market / "bounding_box_test"
+    flags = ["--query", str(query), "--gallery", str(gallery), "--top", "5", "--out", str(tmp_path / "s.png")]
+    search.main([*flags, "--run", str(run), *CPU])
+    paths = sorted(gallery.iterdir())
+    rows = wanted(run, [query, *paths])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = rows[1:] @ rows[0]
+    found = table_rows(capsys.readouterr().out)
+    assert [path for _, path in found] == [str(paths[i]) for i in np.argsort(-similarity)[:5]]
+    assert [s for s, _ in found] == pytest.approx(sorted(similarity, reverse=True)[:5], abs=6e-4)
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.format == "PNG" and picture.width > 6 * 80
+        pixels = np.asarray(picture.convert("RGB"))
+    assert (pixels != 255).any(2).mean() > 0.3
+
+
+def test_search_leaves_the_query_itself_out_and_takes_several(run, tiny_market, tmp_path, capsys):
+    one, two = sorted((tiny_market / "query").iterdir())[:2]
+    flags = ["--gallery", str(tiny_market / "query"), "--top", "99", "--out", str(tmp_path / "s.png")]
+    search.main(["--query", str(one), str(two), *flags, "--run", str(run), *CPU])
+    out = capsys.readouterr().out
+    found = table_rows(out)
+    assert len(found) == 2 * 17 and [path for _, path in found].count(str(one)) == 1
+    assert "0 of 18 embeddings were kept" in out
+    search.main(["--query", str(one), *flags, "--run", str(run), *CPU])
+    assert "18 of 18 embeddings were kept" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare(run, tiny_market, capsys):
+    a, b = sorted((tiny_market / "query").iterdir())[:2]
+    compare.main([str(a), str(b), "--run", str(run), "--false-match-rate", "0.05", *CPU])
+    out = capsys.readouterr().out
+    rows = wanted(run, [a, b])
+    similarity = rows[0] @ rows[1] / np.prod(np.linalg.norm(rows, axis=1))
+    assert f"similarity {similarity:.4f}" in out and "people of the test set of market" in out
+    threshold = float(re.search(r"threshold (-?\d\.\d+) takes at most 5 %", out)[1])
+    assert ("-> one person" in out) == (similarity >= threshold)
+    compare.main([str(a), str(a), "--run", str(run), *CPU])
+    out = capsys.readouterr().out
+    assert "similarity 1.0000" in out and "-> one person" in out and "too few to speak of a rate of 0.001" in out
+
+
+def test_compare_says_where_a_similarity_lies():
+    """Ten bins of 0.1; of one person 1 pair at 0.25, 3 at 0.85; of two people 8 at 0.05, 1 at 0.35, 1 at 0.75."""
+    positive, negative = torch.zeros(2, 10, dtype=torch.int64)
+    positive[[2, 8]] = torch.tensor([1, 3])
+    negative[[0, 3, 7]] = torch.tensor([8, 1, 1])
+    words = compare.describe(0.5, Pairs(0.0, 0.1, positive, negative), 0.1, "of the test")
+    assert "of 4 pairs of one person 25.00% are less alike" in words
+    assert "of 10 pairs of two people 10.00% are as alike or more" in words
+    assert "threshold 0.4000 takes at most 10 %" in words and "(here 1) and finds 75.0%" in words
+    assert "-> one person" in words and "too few" not in words
+    assert "-> two people" in compare.describe(0.5, Pairs(0.0, 0.1, positive, negative), 0.01, "")
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_export_gives_the_embeddings_without_this_project(run, tiny_market, tmp_path, floats):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU, *(["--floats"] if floats else [])])
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    says = session.get_modelmeta().custom_metadata_map
+    size = json.loads(says["width"]), json.loads(says["height"])
+    paths = sorted((tiny_market / "query").iterdir())[:3]
+    pictures = np.stack([np.asarray(Image.open(path).resize(size, Image.Resampling.BILINEAR)) for path in paths])
+    if floats:
+        pictures = (pictures / 255 - json.loads(says["mean"])) / json.loads(says["std"])
+        pictures = pictures.astype(np.float32).transpose(0, 3, 1, 2)
+    for batch in (pictures, pictures[:1]):
+        (found,) = session.run(["embedding"], {"pictures": batch})
+        np.testing.assert_allclose(found, wanted(run, paths[: len(batch)]), atol=1e-4)
+    assert (says["arch"], says["loss"], says["run"], says["epoch"]) == ("resnet18", "softmax", "run", "1")
+    with pytest.raises(UserError, match="exists"):
+        export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+
+
+def test_export_refuses_what_differs_from_torch(run, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(export, "STD", (0.3, 0.3, 0.3))
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "to_onnx", lambda run, floats, real=export.to_onnx: (
+        real(run, floats)[0], export.FromPictures(run.model).half().float().apply(
+            lambda m: m.weight.data.mul_(1.01) if hasattr(m, "weight") else None)))  # fmt: skip
+    with pytest.raises(UserError, match="nothing written"):
+        export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_export_without_its_packages_is_one_sentence(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
+        export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+
+
+def test_pictures_are_normalised_as_in_training():
+    pictures = torch.randint(0, 256, (2, 4, 3, 3), dtype=torch.uint8)
+    torch.testing.assert_close(export.FromPictures(torch.nn.Identity())(pictures), normalise(pictures))
+
+
+# ----------------------------------------------------------------------------------------------------------------- show
+
+
+def page_data(page):
+    """What the page's script reads."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), flags=re.S)
+    return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def pages(runs):
+    """Pages of one run and of both."""
+    with small_models():
+        for names, out in ((runs[:1], "one.html"), (runs, "both.html")):
+            show.main(["--run", *map(str, names), "--out", str(runs[0].parent / out), "--png", *CPU])
+    return runs[0].parent
+
+
+def features_of(run):
+    opened = embedding.open_run(run, "cpu", 1)
+    tests, _ = show.load_tests(run, opened.args)
+    return embedding.split_features(opened, next(iter(tests.values())))
+
+
+def test_the_page_holds_what_was_found(runs, pages):
+    data, f = page_data(pages / "one.html"), features_of(runs[0])
+    ids = f.query_pids, f.query_camids, f.gallery, f.gallery_pids, f.gallery_camids
+    results = rank_queries(f.query, *ids)
+    assert len(data["queries"]) == 18 and len({query["image"] for query in data["queries"]}) == 18
+    rows = torch.nn.functional.normalize(f.query), torch.nn.functional.normalize(f.gallery)
+    for query in data["queries"]:
+        image = data["images"][query["image"]]
+        q = f.query_paths.index(image["path"])
+        assert (image["pid"], image["camid"]) == (f.query_pids[q], f.query_camids[q])
+        (found,) = query["found"]
+        assert found["first"] == results["first_rank"][q] and query["matches"] == results["num_matches"][q]
+        assert found["ap"] == pytest.approx(results["ap"][q].item(), abs=1e-5)
+        similarity = rows[1] @ rows[0][q]
+        similarity[(f.gallery_pids == f.query_pids[q]) & (f.gallery_camids == f.query_camids[q])] = -2
+        order = similarity.argsort(descending=True)[:10].tolist()
+        assert [data["images"][i]["path"] for i, _, _ in found["near"]] == [f.gallery_paths[i] for i in order]
+        assert [s for _, s, _ in found["near"]] == pytest.approx(similarity[order].tolist(), abs=1e-4)
+        assert [right for _, _, right in found["near"]] == [bool(f.gallery_pids[i] == f.query_pids[q]) for i in order]
+        assert (found["first"] > 1) == (not found["near"][0][2])
+    source = base64.b64decode(data["images"][0]["source"])
+    with Image.open(io.BytesIO(source)) as picture:
+        assert picture.format == "JPEG" and picture.size == (80, 160)
+
+
+def test_the_page_needs_nothing_else(pages):
+    for name in ("one.html", "both.html"):
+        page = (pages / name).read_text()
+        assert not re.findall(r"""(?:src|href)=["']|https?://|@import|url\(""", page)
+        assert "one &lt;b&gt;" in page and "one <b>" not in page and "{{" not in page
+
+
+def test_names_of_files_and_runs_are_text(runs, pages, tmp_path):
+    """Whatever they hold, even what closes a script or is no Unicode."""
+    data = page_data(pages / "one.html")
+    data["images"][0]["path"] = "</script><b>{{data}}\udcff"
+    opened = embedding.open_run(runs[0], "cpu", 1)
+    shown = show.look(opened, features_of(runs[0]))
+    (tmp_path / "p.html").write_text(show.write_page([shown], "<i>", data))
+    assert page_data(tmp_path / "p.html")["images"][0]["path"] == "</script><b>{{data}}\udcff"
+    assert "&lt;i&gt;" in (tmp_path / "p.html").read_text()
+
+
+def test_which_queries_are_chosen():
+    ap = torch.tensor([0.9, 0.1, 0.5, 0.0, 0.3, 0.7, 0.2, 1.0])
+    valid = torch.tensor([True] * 3 + [False] + [True] * 4)
+    assert show.choose([ap], valid, 4) == [1, 6, 2, 7]  # two hardest; 0.5 and 1.0 of 0.3 0.5 0.7 0.9 1.0
+    assert sorted(show.choose([ap], valid, 99)) == [0, 1, 2, 4, 5, 6, 7]
+    other = torch.tensor([0.8, 0.9, 0.5, 1.0, 0.3, 0.3, 0.2, 1.0])
+    assert show.choose([ap, other], valid, 2) == [1, 5]
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_queries(runs):
+    shown = show.look(embedding.open_run(runs[0], "cpu", 1), features_of(runs[0]))
+    whole = show.collect([shown], list(range(18)))
+    less = show.collect([shown], list(range(18)), most_bytes=sum(len(i["source"]) for i in whole["images"]) // 2)
+    assert 0 < len(less["queries"]) < 18 and less["queries"] == whole["queries"][: len(less["queries"])]
+    assert len(less["images"]) < len(whole["images"])
+
+
+def maps_of(model, tiny_market, height, width):
+    settings = {"height": height, "width": width, "amp": False, "device": torch.device("cpu"), "workers": 0}
+    paths = sorted(map(str, (tiny_market / "query").iterdir()))[:2]
+    maps = show.activation_maps(embedding.Run(Path("x"), model, {}, settings), paths)
+    (images,) = stream_images([Path(path) for path in paths], height, width, torch.device("cpu"), 2, 0)
+    return maps, images
+
+
+@pytest.mark.parametrize("arch, last", [("resnet18", "layer4"), ("mobilenet_v2", "features"), ("swin_t", "permute"),
+                                        ("efficientnet_b0", "features"), ("resnet18 gem", "layer4")])  # fmt: skip
+def test_activation_maps(arch, last, tiny_market):
+    """The length of the feature map's vectors; averaging the map gives the embedding, but for GeM."""
+    model = build_model(arch.split()[0], pool="gem" if "gem" in arch else "avg").eval()
+    maps, images = maps_of(model, tiny_market, 64, 32)
+    found = []
+    model.get_submodule(last).register_forward_hook(lambda *hook: found.append(hook[2]))
+    with torch.inference_mode():
+        embeddings = model(images)
+    if "gem" not in arch:
+        torch.testing.assert_close(found[0].mean((2, 3)), embeddings)
+    lengths = found[0].square().sum(1).sqrt()
+    assert maps.shape == lengths.shape and maps.dtype == np.uint8 and (maps.max((1, 2)) == 255).all()
+    np.testing.assert_allclose(maps, 255 * lengths / lengths.amax((1, 2), keepdim=True), atol=0.51)
+
+
+def test_activation_maps_of_a_vision_transformer(tiny_market, monkeypatch):
+    """A small one. At each place the length of the last token there, the class token's left out."""
+    small = torchvision.models.VisionTransformer(224, 16, 2, 4, 64, 128)
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: small)
+    model = build_model("vit_b_16", height=64, width=32).eval()
+    maps, images = maps_of(model, tiny_market, 64, 32)
+    found = []
+    model.encoder.register_forward_hook(lambda *hook: found.append(hook[2]))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), found[0][:, 0])
+    lengths = found[0][:, 1:].square().sum(2).sqrt().view(2, 4, 2)
+    np.testing.assert_allclose(maps, 255 * lengths / lengths.amax((1, 2), keepdim=True), atol=0.51)
+
+
+def test_two_runs_of_different_tests_are_refused(runs, tmp_path, tiny_market):
+    other = Path(shutil.copytree(tiny_market, tmp_path / "market"))
+    sorted((other / "query").iterdir())[0].unlink()
+    second = Path(shutil.copytree(runs[1], tmp_path / "second"))
+    args = json.loads((second / "args.json").read_text())
+    (second / "args.json").write_text(json.dumps({**args, "data_dir": str(other)}))
+    with pytest.raises(UserError, match="tested on different images"):
+        show.main(["--run", str(runs[0]), str(second), "--out", str(tmp_path / "x.html"), *CPU])
+
+
+@pytest.mark.parametrize("name", ["one", "one_maps", "both"])
+def test_the_png_has_frames_of_both_kinds(pages, name):
+    with Image.open(pages / f"{name}.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for colour in ((0x1B, 0x78, 0x37), (0xC5, 0x1B, 0x29)):
+        assert (pixels == colour).all(1).sum() > 1000
+
+
+def test_png_without_matplotlib(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    show.main(["--run", str(runs[0]), "--out", str(tmp_path / "p.html"), "--png", "--queries", "3", *CPU])
+    assert "pip install matplotlib" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------------- in the browser
+
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+
+
+def browse(page, tmp_path, state="", script=""):
+    """The page with this state in its address, and a script more, in headless Chromium -> its DOM, console lines."""
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+               "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+               "--virtual-time-budget=5000", "--dump-dom", f"{copy.as_uri()}{state}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def listed(dom):
+    """The queries on the page in their order, as numbers of images, and what the counter says."""
+    return [int(n) for n in re.findall(r'<article data-image="(\d+)"', dom)], re.search(r"<output.*?>(.*?)</", dom)[1]
+
+
+def ap(query):
+    return sum(found["ap"] for found in query["found"]) / len(query["found"])
+
+
+@needs_chromium
+def test_the_page_in_a_browser(pages, tmp_path):
+    data = page_data(pages / "one.html")
+    dom, console = browse(pages / "one.html", tmp_path)
+    order = sorted(data["queries"], key=ap)
+    assert console == [] and listed(dom) == ([query["image"] for query in order], "18 of 18 queries")
+    article = re.search(r"<article.*?</article>", dom, flags=re.S)[0]
+    near = order[0]["found"][0]["near"]
+    kinds = ["right" if right else "wrong" for _, _, right in near]
+    assert re.findall(r'class="box (\w+)"', article) == ["query", *kinds]
+    assert f">{near[0][1]:.3f}<br>cam {data['images'][near[0][0]]['camid']}<" in article
+    assert 'class="maps"' not in dom
+
+
+@needs_chromium
+@pytest.mark.parametrize("state, chosen", [
+    ("#sort=easiest", lambda q, image: True),
+    ("#camera=2", lambda q, image: image["camid"] == 2),
+    ("#first=1", lambda q, image: q["found"][0]["first"] > 1),
+    ("#person=9", lambda q, image: image["pid"] == 9),
+    ("#person=0009_C3", lambda q, image: "0009_c3" in image["path"]),
+    ("#camera=3&first=1&sort=easiest", lambda q, image: image["camid"] == 3 and q["found"][0]["first"] > 1),
+    ("#sort=nonsense&camera=99", lambda q, image: True),
+])  # fmt: skip
+def test_filters_and_order_in_a_browser(pages, tmp_path, state, chosen):
+    data = page_data(pages / "one.html")
+    dom, console = browse(pages / "one.html", tmp_path, state)
+    shown = [query for query in data["queries"] if chosen(query, data["images"][query["image"]])]
+    shown.sort(key=lambda query: -ap(query) if "easiest" in state else ap(query))
+    assert console == [] and 0 < len(shown) and (len(shown) < 18 or "camera=99" in state or state == "#sort=easiest")
+    assert listed(dom) == ([query["image"] for query in shown], f"{len(shown)} of 18 queries")
+
+
+@needs_chromium
+def test_controls_in_a_browser(pages, tmp_path):
+    """Used as a person would: each change redraws the list and is kept in the address."""
+    script = """
+        const set = (id, property, value) => { at(id)[property] = value; at(id).dispatchEvent(new Event("input")); };
+        set("sort", "value", "easiest"); set("camera", "value", "1"); set("maps", "checked", true);
+        document.querySelector("article details").open = true;
+        const canvas = document.querySelector("article canvas"), context = canvas.getContext("2d");
+        const pixels = [...context.getImageData(0, 0, canvas.width, canvas.height).data];
+        const words = { state: location.hash, focus: [], size: [canvas.width, canvas.height], pixels,
+          map: [...atob(data.runs[0].maps.of[canvas.dataset.image])].map(c => c.charCodeAt(0)) };
+        for (const id of controls) { at(id).focus(); words.focus.push(document.activeElement.id); }
+        setTimeout(() => { document.title = JSON.stringify(words); }, 100);
+    """
+    data = page_data(pages / "one.html")
+    dom, console = browse(pages / "one.html", tmp_path, script=script)
+    assert console == []
+    shown = [query for query in data["queries"] if data["images"][query["image"]]["camid"] == 1]
+    assert listed(dom)[0] == [query["image"] for query in sorted(shown, key=lambda query: -ap(query))]
+    words = json.loads(re.search("<title>(.*?)</title>", dom)[1].replace("&amp;", "&"))
+    assert words["state"] == "#sort=easiest&camera=1&maps=1" and 'class="maps"' in dom
+    assert words["focus"] == ["sort", "camera", "person", "first", "maps"]
+    pixels = np.array(words["pixels"]).reshape(-1, 4)
+    assert words["size"] == [data["runs"][0]["maps"][key] for key in ("width", "height")]
+    assert (pixels[np.argmax(words["map"])] == [253, 231, 37, 255]).all()  # yellow where it is longest
+    opened = re.search(r"<details open.*?</details>", dom, flags=re.S)[0]
+    assert data["images"][listed(dom)[0][0]]["path"] in opened
+
+
+@needs_chromium
+def test_two_runs_in_a_browser(runs, pages, tmp_path):
+    data = page_data(pages / "both.html")
+    gain = {query["image"]: query["found"][0]["ap"] - query["found"][1]["ap"] for query in data["queries"]}
+    keys = {"": lambda i: -abs(gain[i]), "#sort=one": lambda i: -gain[i], "#sort=two": lambda i: gain[i]}
+    for state, key in keys.items():
+        dom, console = browse(pages / "both.html", tmp_path, state)
+        assert console == [] and [key(i) for i in listed(dom)[0]] == sorted(map(key, gain))
+    article = re.search(r"<article.*?</article>", dom, flags=re.S)[0]
+    assert len(re.findall('class="near"', article)) == 2 and "two: AP" in article and "one &lt;b&gt;: AP" in article
+
+
+@needs_chromium
+def test_console_errors_are_seen(pages, tmp_path):
+    """The tests above can fail."""
+    assert browse(pages / "one.html", tmp_path, script="nothing.there()")[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("name", ["show", "embed", "search", "compare", "export"])
+def test_help_and_mistakes_from_the_shell(name, tmp_path):
+    def call(*words):
+        return subprocess.run([sys.executable, "-m", f"tools.{name}", *words], capture_output=True, text=True, cwd=ROOT)
+
+    done = call("--help")
+    assert done.returncode == 0 and f"python -m tools.{name} --run" in done.stdout
+    needed = {"show": [], "embed": [str(ROOT / "results"), "x.npz"], "compare": ["a.jpg", "b.jpg"],
+              "export": ["x.onnx"], "search": ["--query", "a.jpg", "--gallery", "b"]}  # fmt: skip
+    done = call(*needed[name], "--run", str(tmp_path))
+    assert done.returncode == 1 and done.stderr.startswith(f"tools.{name}: ") and len(done.stderr.splitlines()) == 1
