@@ -27,7 +27,7 @@ from data import DATASETS, add_reader_flags, check_options, load_datasets, reade
 from data.holdout import holdout
 from data.images import stream_images
 from data.records import Record, Split
-from models import build_model
+from models import build_model, model_options
 from utils import distributed
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
 from utils.environment import digest_of_names, find_device
@@ -55,10 +55,12 @@ def embed(
     device: torch.device,
     amp: bool = False,
     workers: int = 4,
+    flip_test: bool = False,
     description: str = "embedding",
 ) -> Tensor:
     """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept.
 
+    flip_test: an image's embedding is the mean of its own and its mirror image's.
     Under torchrun every process embeds its share of them and returns all.
     """
     paths = [record.path for record in records]
@@ -74,7 +76,10 @@ def embed(
             if device.type != "cpu" and count < batch_size:  # one shape: cuDNN tunes once
                 images = F.pad(images, (0, 0) * 3 + (0, batch_size - count))
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                embeddings.append(model(images)[:count].float())  # (B, D)
+                batch = model(images).float()  # (B, D)
+                if flip_test:
+                    batch = (batch + model(images.flip(3)).float()) / 2
+            embeddings.append(batch[:count])
             bar.update(count)
     model.train(was_training)
     return distributed.gather_rows(torch.cat(embeddings), len(records))
@@ -177,9 +182,9 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
         raise UserError(f"{run_dir} is not a run folder: it has no args.json")
     args = load_args(run_dir)
     checkpoint = load_checkpoint(run_dir / "last.pt")
-    check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "height", "width", "seed"))
+    check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "seed", *model_options(args)))
     with user_input():
-        model = build_model(args["arch"], "none")
+        model = build_model(args["arch"], "none", **model_options(args))
     check_fit(run_dir / "last.pt", "model", checkpoint["model"], model.state_dict())
     model.load_state_dict(checkpoint["model"])
     if checkpoint["epoch"] < args["epochs"]:
@@ -223,6 +228,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ignore-cameras", action="store_true", help="drop only the query image itself, not its whole camera"
     )
+    parser.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=None,
+                        help="mean of an image's and its mirror image's embedding (default: the run's)")  # fmt: skip
     parser.add_argument("--rerank", action="store_true",
                         help="rank by k-reciprocal re-ranking (utils/reranking.py): numbers of their own")  # fmt: skip
     for key, default in RERANK.items():
@@ -243,8 +250,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.rerank and args.verification:
         parser.error("--verification is about similarities, which --rerank replaces: give one of the two")
     options = [key for key in vars(args) if key in reader_options()]
-    if args.features and (args.dataset or args.data_dir or args.save_features or options):
-        parser.error("--features needs no images: leave --dataset, --data-dir and --save-features out")
+    if args.features and (args.dataset or args.data_dir or args.save_features or options or args.flip_test):
+        parser.error("--features needs no images: leave --dataset, --data-dir, --flip-test and --save-features out")
     return args
 
 
@@ -269,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     tests, title = load_tests(args.run, run, args.dataset, args.data_dir, options)
     how = {"metric": args.metric or run["metric"], "ignore_cameras": args.ignore_cameras or run["ignore_cameras"]}
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
+    settings["flip_test"] = run["flip_test"] if args.flip_test is None else args.flip_test
     if args.save_features:
         if len(tests) > 1:
             raise UserError("--save-features takes one test set: name it with --dataset")
@@ -285,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
         people = "held out, none of the test" if title.endswith(" val") else "of the test set, which they describe"
         print(f"thresholds found on the people {people}")
     words = [args.dataset or run["dataset"], *(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
-    words += [how["metric"], *(["ignore-cameras"] if how["ignore_cameras"] else [])]
+    how["flip_test"] = settings["flip_test"]
+    words += [how["metric"], *(key.replace("_", "-") for key in ("ignore_cameras", "flip_test") if how[key])]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
     words += [word for word in ("rerank", "verification") if getattr(args, word)]
     if distributed.rank() == 0:

@@ -29,7 +29,7 @@ from data.images import TrainingImages, find_bad_images
 from data.sampler import PKSampler, RandomSampler
 from evaluate import METRICS, metrics_table, score_all
 from losses import build_loss, row_name
-from models import build_model
+from models import build_model, model_options
 from utils import distributed
 from utils.checkpoint import check_writable, locked, resume_run, save_checkpoint, save_log
 from utils.environment import change_of, check_bfloat16, digest_of_names, environment, find_device
@@ -43,9 +43,13 @@ LOG_EVERY = 20  # steps between two looks at the loss; between them nothing wait
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def learning_rate_factor(epoch: int, milestones: list[int]) -> float:
-    """0.1 for every milestone that lies behind; a milestone is a number of finished epochs."""
-    return 0.1 ** sum(epoch >= milestone for milestone in milestones)
+def learning_rate_factor(epoch: float, milestones: list[int], warmup: float = 0) -> float:
+    """0.1 for every milestone that lies behind; from 0.1 to 1 in equal steps in the first `warmup` epochs.
+
+    epoch, milestones, warmup: numbers of finished epochs; epoch has a fraction within one.
+    """
+    rise = 0.1 + 0.9 * epoch / warmup if epoch < warmup else 1.0
+    return rise * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 
 @contextmanager
@@ -176,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     seed_everything(args["seed"])
     with user_input():
         weights = "none" if (run_dir / "last.pt").exists() else args["weights"]  # last.pt has all of them
-        model = build_model(args["arch"], weights).to(device, memory_format=torch.channels_last)
+        model = build_model(args["arch"], weights, **model_options(args))
+        model = model.to(device, memory_format=torch.channels_last)
         if args["sync_bn"] and distributed.world_size() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         loss_fn = build_loss(args["loss"], num_classes, model.embedding_dim, args["loss_args"]).to(device)
@@ -187,12 +192,12 @@ def main(argv: list[str] | None = None) -> None:
     first_rates = [group["lr"] for group in groups]
     forward, whole_loss = distributed.parallel(model), distributed.parallel(loss_fn)
     forward = torch.compile(forward) if args["compile"] else forward
-    how = {key: args[key] for key in ("random_crop", "cache", "workers")}
+    how = {key: args[key] for key in ("random_crop", "pad_crop", "random_erasing", "cache", "workers")}
     images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **how)
 
     # ----------------------------------------------------------------------------------------------------------- train
     def evaluate() -> dict:
-        how = {key: args[key] for key in ("height", "width", "amp", "workers")}
+        how = {key: args[key] for key in ("height", "width", "amp", "workers", "flip_test")}
         return score_all(model, tests, args["metric"], args["ignore_cameras"], device=device, **how)
 
     def save(epoch: int) -> None:
@@ -231,9 +236,6 @@ def main(argv: list[str] | None = None) -> None:
         saved, saved_at = first_epoch, time.monotonic()
         for epoch in range(first_epoch, args["epochs"]):
             seed_everything(args["seed"], epoch)  # a resumed run goes on exactly as it would have
-            factor = learning_rate_factor(epoch, args["milestones"])
-            for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
-                group["lr"] = rate * factor
             model.train()
             loss_fn.train()
             order = sampler.batches(epoch)  # (steps, B)
@@ -243,6 +245,9 @@ def main(argv: list[str] | None = None) -> None:
             with tqdm(total=order.numel(), desc=f"epoch {epoch + 1}/{args['epochs']}", unit="image", leave=False,
                       disable=None) as bar:  # fmt: skip
                 for step, images in enumerate(images_of.batches(order, args["seed"], epoch, rows)):
+                    factor = learning_rate_factor(epoch + step / len(order), args["milestones"], args["warmup"])
+                    for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
+                        group["lr"] = rate * factor
                     optimizer.zero_grad(set_to_none=True)
                     how = {"micro_batches": args["micro_batches"], "amp": args["amp"]}
                     loss_sum += backward_step(forward, whole_loss, images, labels[step], **how)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import train
 from benchmarks.machine import milliseconds, synchronize
-from data.images import TrainingImages, augment, normalise
+from data.augment import flip
+from data.images import TrainingImages, normalise
 from data.market1501 import FOLDERS, market1501
 from data.records import Record
 from losses import build_loss
@@ -85,7 +86,7 @@ def data_stage(paths: list[Path], job: Job) -> Callable[[], Tensor]:
     store = TrainingImages(paths, job.height, job.width, device, workers=job.workers).stores[0]
     order = torch.randint(len(paths), (job.batch_size,)).to(store.device)
     draws = torch.rand(job.batch_size, 4).to(device)
-    return lambda: normalise(augment(store.index_select(0, order).to(device), None, draws))
+    return lambda: normalise(flip(store.index_select(0, order).to(device), draws[:, 0]))
 
 
 def real_epochs(job: Job, images: Path, epochs: int = 2) -> list[dict]:

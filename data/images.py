@@ -1,8 +1,8 @@
 """From image files to normalised batches: decoded once to uint8, the rest for the whole batch on the device.
 
 Decoding (Pillow: RGB, bilinear resize, the same pixels as torchvision's `Resize`) runs in threads. What is left for
-every step is a gather, a flip (and crop) and the normalisation, done on the device for the batch at once and drawn
-from (seed, epoch, step), so that caching, workers and prefetching never change a pixel.
+every step is a gather, the augmentation (augment.py) and the normalisation, done on the device for the batch at once
+and drawn from (seed, epoch, step), so that caching, workers and prefetching never change a pixel.
 
 Where the decoded training images are kept (`--cache auto`): on the device if they take at most half of its free
 memory, else in main memory if they take at most half of what is available, else nowhere: then, as with `--cache off`,
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from data.augment import ATTEMPTS, erasing_boxes, flip, pad_crop, random_crop, random_erasing
 from utils.distributed import local_world_size
 from utils.errors import UserError
 from utils.seed import mix_seed
@@ -120,24 +121,6 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
-def augment(images: Tensor, enlarged: Tensor | None, draws: Tensor) -> Tensor:
-    """Random flip, and with `enlarged` random crop, of uint8 images (B, H, W, 3).
-
-    enlarged: the same images (B, H', W', 3) at ENLARGE times the size, or None. draws: (B, 4) uniform in 0..1:
-    flipped?, cropped?, vertical and horizontal place of the crop.
-    """
-    if enlarged is not None:
-        B, H, W, _ = images.shape
-        top = (draws[:, 2] * (enlarged.shape[1] - H + 1)).long()  # (B,)
-        left = (draws[:, 3] * (enlarged.shape[2] - W + 1)).long()
-        rows = top[:, None] + torch.arange(H, device=images.device)  # (B, H)
-        columns = left[:, None] + torch.arange(W, device=images.device)  # (B, W)
-        each = torch.arange(B, device=images.device)[:, None, None]
-        cropped = enlarged[each, rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
-        images = torch.where((draws[:, 1] < 0.5)[:, None, None, None], cropped, images)
-    return torch.where((draws[:, 0] < 0.5)[:, None, None, None], images.flip(2), images)
-
-
 def available_memory(device: torch.device) -> int:
     """Bytes free on a CUDA device, or available to this process in main memory."""
     if device.type == "cuda":
@@ -206,8 +189,15 @@ class TrainingImages:
         random_crop: bool = False,
         cache: str = "auto",
         workers: int = 4,
+        pad_crop: int = 0,
+        random_erasing: float = 0.0,
     ):
-        """cache: `auto` or `off`, see the top of this file. Raises BadImage at the first file that can't be decoded."""
+        """cache: `auto` or `off`, see the top of this file. Raises BadImage at the first file that can't be decoded.
+
+        pad_crop: pixels of the border at a height of 256; other heights have a border in proportion. random_erasing:
+        its probability.
+        """
+        self.border, self.erasing = round(pad_crop * height / 256), random_erasing
         self.paths, self.device, self.workers = list(paths), device, workers
         self.sizes = [(height, width)]
         if random_crop:
@@ -242,10 +232,22 @@ class TrainingImages:
         for the device, and a step's pixels don't depend on how or when they were fetched.
         rows: the images of each batch that are wanted, as if the others were cut off: one process's share.
         """
-        generator = torch.Generator().manual_seed(mix_seed(seed, epoch, 1))
-        draws = torch.rand(*order.shape, 4, generator=generator)[:, rows].to(self.device)  # (steps, B, 4)
-        for step, images in enumerate(self._raw_batches(order[:, rows])):
-            yield normalise(augment(images[0], images[1] if len(images) > 1 else None, draws[step]))
+
+        def draw(which: int, count: int) -> Tensor:  # a generator for each kind: one more never moves another's draws
+            generator = torch.Generator().manual_seed(mix_seed(seed, epoch, which))
+            return torch.rand(*order.shape, count, generator=generator)[:, rows]  # (steps, B, count)
+
+        plain, places = draw(1, 4).to(self.device), draw(2, 2).to(self.device)
+        boxes = erasing_boxes(draw(3, 3 + 2 * ATTEMPTS), self.erasing, *self.sizes[0]).to(self.device)  # (steps, B, 4)
+        for step, (images, *enlarged) in enumerate(self._raw_batches(order[:, rows])):
+            if enlarged:
+                images = random_crop(images, enlarged[0], plain[step, :, 1:])
+            if self.border:
+                images = pad_crop(images, self.border, places[step])
+            images = normalise(flip(images, plain[step, :, 0]))
+            if self.erasing:
+                images = random_erasing(images, boxes[step])
+            yield images
 
     def _raw_batches(self, order: Tensor) -> Iterator[list[Tensor]]:
         pinned = self.device.type == "cuda"

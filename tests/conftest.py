@@ -50,13 +50,13 @@ def flags(tiny_market, tmp_path):
             "--run-dir", str(tmp_path / "run")]  # fmt: skip
 
 
-def small_model(arch, weights="none"):
+def small_model(arch, weights="none", **options):
     """In the place of build_model: one convolution, wider for another arch. The real one reads files of weights."""
     if weights not in ("none", "imagenet"):
-        return build_model(arch, weights)
+        return build_model(arch, weights, **options)
     width = {"resnet18": 64, "resnet34": 96}[arch]
     layers = {"conv1": nn.Conv2d(3, width, 7, stride=4, padding=3, bias=False), "bn1": nn.BatchNorm2d(width)}
-    model = nn.Sequential(OrderedDict([*layers.items(), ("pool", GlobalAveragePool())]))
+    model = nn.Sequential(OrderedDict([*layers.items(), ("pool", GlobalAveragePool()), ("flat", nn.Flatten())]))
     model.embedding_dim = width
     return model
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kill, steps, training
+from benchmarks import kill, steps, training, tricks
 from data.images import stream_images
 from data.market1501 import market1501
 from tests.conftest import QUICK
+from utils.recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # of its counts
 CPU = torch.device("cpu")
@@ -103,3 +104,20 @@ def test_recorded_files_say_which_commit_measured():
              "training_intel-xeon-processor-2-threads-resnet18"}  # fmt: skip
     for path in Path(__file__).parent.parent.glob("results/benchmarks/*.json"):
         assert path.stem in older or json.loads(path.read_text()).get("commit"), f"{path.name} has no commit"
+
+
+def test_what_tricks_cost(tmp_path, capsys):
+    """The ratios are those of neighbouring turns; the file names no folder."""
+    tricks.main(["--quick", "--height", "64", "--batch-size", "8", "--steps", "1", "--repeats", "1", "--device", "cpu",
+                 "--machine", "box", "--out", str(tmp_path)])  # fmt: skip
+    result = json.loads((tmp_path / "tricks_box.json").read_text())
+    assert [row["name"] for row in result["rows"]] == list(tricks.SETTINGS) and result["rows"][0]["ratio"] == 1
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["milliseconds"] / result["rows"][0]["milliseconds"])
+    assert "all of them" in capsys.readouterr().out and str(tmp_path) not in (tmp_path / "tricks_box.json").read_text()
+
+
+def test_the_tricks_benchmark_knows_every_trick_of_the_recipe():
+    """Each alone, but for the schedule and the flip at test time, which are no part of a step."""
+    alone = {key for own in tricks.SETTINGS.values() for key in own} - {"recipe", "loss_args"}
+    assert alone == RECIPES["tricks"]["*"].keys() - {"warmup", "milestones", "flip_test"}

@@ -46,7 +46,7 @@ SIZE = dict(height=32, width=16, device=torch.device("cpu"), workers=0)
 
 def small_network(dropout=0.0):
     layers = nn.Conv2d(3, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(16, 8, 3)
-    network = nn.Sequential(*layers, GlobalAveragePool())
+    network = nn.Sequential(*layers, GlobalAveragePool(), nn.Flatten())
     network[1].running_mean.uniform_(-0.1, 0.1)
     network[1].running_var.uniform_(0.5, 1)
     return network

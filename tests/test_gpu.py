@@ -279,8 +279,8 @@ def test_training_never_waits_for_the_device_between_two_looks_at_the_loss(train
 def test_amp_and_channels_last_reach_the_network(train_flags, tmp_path, monkeypatch):
     seen, build_model = set(), train.build_model
 
-    def watched_model(*args):
-        model = build_model(*args)
+    def watched_model(*args, **options):
+        model = build_model(*args, **options)
 
         def look(layer, inputs, output):
             seen.add((output.dtype, output.is_contiguous(memory_format=torch.channels_last), layer.training))

@@ -111,12 +111,14 @@ def test_published_settings():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_generated_pedestrians_need_no_flags(recipe):
     """The quick setting: a small network, small images, few epochs; elsewhere the recipe's own."""
-    quick = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5, "milestones": [4]}
+    quick = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5}
+    quick["milestones"] = [2, 3] if recipe == "tricks" else [4]
     for row in ROWS:
         args, elsewhere = (run_of(row, dataset, recipe=recipe) for dataset in ("synthetic", "market"))
         assert {key: args[key] for key in quick} == quick, row
         assert (elsewhere["arch"], elsewhere["height"], elsewhere["epochs"]) == ("resnet50", 256, 60)
-        for key in DEFAULTS.keys() - {*quick, *OWN}:
+        assert args["warmup"] == pytest.approx(elsewhere["warmup"] / 12, abs=1e-4)
+        for key in DEFAULTS.keys() - {*quick, *OWN, "warmup"}:
             assert args[key] == elsewhere[key], f"{row}: {key}"
     args = run_of(dataset="synthetic", recipe=recipe, epochs=60, arch="resnet50", width=128)
     assert (args["epochs"], args["arch"], args["width"], args["height"]) == (60, "resnet50", 128, 128)
@@ -129,7 +131,7 @@ def test_center_weights_by_data_set():
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match="unknown recipe 'mine'; known: controlled, published"):
+    with pytest.raises(ValueError, match="unknown recipe 'mine'; known: controlled, published, tricks"):
         recipe_values("mine", "softmax", "market")
 
 

@@ -76,7 +76,8 @@ def open_run(folder: Path, device: str, workers: int) -> Run:
     place = find_device(device)
     model, args = load_run(folder, place)
     set_backends(args["deterministic"], args["tf32"])
-    settings = {key: args[key] for key in ("height", "width", "amp")} | {"device": place, "workers": workers}
+    settings = {key: args[key] for key in ("height", "width", "amp", "flip_test")}
+    settings |= {"device": place, "workers": workers}
     return Run(folder, model, args, settings)
 
 

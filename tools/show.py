@@ -91,19 +91,25 @@ def nearest(shown: Shown, query: int) -> list[tuple[int, float, bool]]:
 def activation_maps(run: Run, paths: list[str]) -> np.ndarray:
     """(N, h, w) uint8: length of the feature map's vector at each place, 255 the longest of the image.
 
-    The feature map is what enters the model's module called pool, whichever the arch.
+    The feature map is the last output of a module with more than one place; of a ViT its last tokens but the first.
     """
-    pool = next((module for name, module in run.model.named_modules() if name.split(".")[-1] == "pool"), None)
-    if pool is None:
-        raise UserError(f"{run.args['arch']} has no module called pool, before which its feature map could be read")
-    maps, s = [], run.settings
-    hook = pool.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].float().norm(dim=1)))
+    maps, last, s = [], [], run.settings
+
+    def look(_, __, output) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+            last[:] = [output.float().norm(dim=1)]  # (B, h, w)
+        elif isinstance(output, Tensor) and output.ndim == 3 and hasattr(run.model, "grid"):
+            last[:] = [output[:, 1:].float().norm(dim=2).unflatten(1, run.model.grid)]
+
+    hooks = [module.register_forward_hook(look) for module in run.model.modules()]
     try:
         for images in stream_images([Path(p) for p in paths], s["height"], s["width"], s["device"], 64, s["workers"]):
             with torch.autocast(s["device"].type, torch.bfloat16, enabled=s["amp"]):
                 run.model(images)
+            maps += last
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     lengths = torch.cat(maps)
     return (255 * lengths / lengths.amax((1, 2), keepdim=True).clamp(min=1e-12)).round().byte().cpu().numpy()
 

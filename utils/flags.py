@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -29,20 +30,27 @@ DEFAULTS = {
     "eval_on": "test",
     "metric": "cosine",
     "ignore_cameras": False,
+    "flip_test": False,
     "arch": "resnet50",
     "weights": "imagenet",
     "height": 256,
     "width": 128,
+    "last_stride": 2,
+    "pool": "avg",
+    "neck": "none",
     "epochs": 60,
     "lr": 3.5e-4,
     "loss_lr": None,  # the same as lr
     "weight_decay": 5e-4,
     "milestones": None,  # after 1/3 and 2/3 of the epochs
+    "warmup": 0,
     "sampler": "pk",
     "batch_size": None,  # of the random sampler; p * k of the other
     "p": 16,
     "k": 4,
     "random_crop": False,
+    "pad_crop": 0,
+    "random_erasing": 0,
     "micro_batches": 1,
     "sync_bn": False,
     "amp": False,
@@ -59,7 +67,8 @@ DEFAULTS = {
     "tensorboard": False,
 }
 FREE = ("data_dir", "workers", "cache", "device", "eval_every", "save_every", "tensorboard")  # change no number
-SCORING = ("metric", "ignore_cameras")  # change no number of a training but its score
+OPPOSITES = ("random_crop", "tf32", "flip_test")  # switches that --no-... turns off
+SCORING = ("metric", "ignore_cameras", "flip_test")  # change no number of a training but its score
 
 
 def number(kind: type, zero: bool = False, most: float = math.inf):
@@ -93,11 +102,15 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add_reader_flags(parser)
     add("--skip-bad-images", action="store_true", help="go on without training images that can't be decoded")
     # model
-    add("--arch", choices=ARCHS, help="backbone (default: resnet50; on synthetic: resnet18)")
-    add("--weights",
-        help="imagenet, none, or the file of a torchvision state dict (default: imagenet; on synthetic: none)")
+    add("--arch", choices=ARCHS, metavar="ARCH", help="backbone, a classifier of torchvision: resnet50, convnext_tiny, "
+        "swin_t, vit_b_16, efficientnet_b0, mobilenet_v3_large, ... (default: resnet50; on synthetic: resnet18)")
+    add("--weights", help="imagenet, none, or a file: torchvision's, torchreid's, fast-reid's, reid-strong-baseline's, "
+        "or the last.pt of a run (default: imagenet; on synthetic: none)")
     add("--height", type=number(int, most=4096), help="image height in pixels (default: 256; on synthetic: 128)")
     add("--width", type=number(int, most=4096), help="image width in pixels (default: 128; on synthetic: 64)")
+    add("--last-stride", type=int, choices=(1, 2), help="1: a ResNet's last feature map is twice as high and wide")
+    add("--pool", choices=("avg", "gem"), help="gem: the generalised mean with a learned exponent (ResNets)")
+    add("--neck", choices=("none", "bn"), help="bn: batch normalisation without a bias on the embedding")
     # recipe
     add("--recipe", choices=RECIPES, help="default values, also of loss arguments (default: controlled)")
     add("--show-recipe", action="store_true", help="print the resulting flags and stop")
@@ -106,11 +119,17 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--weight-decay", type=number(float, zero=True), help="Adam's L2 penalty (default: the recipe's, 5e-4)")
     add("--milestones", type=number(int, zero=True), nargs="*",
         help="epochs after which lr falls to 1/10 (default: a third and two thirds of the epochs; synthetic: 4)")
+    add("--warmup", type=number(float, zero=True), metavar="EPOCHS",
+        help="epochs in which lr rises from a tenth, step by step (default: 0)")
     add("--sampler", choices=("random", "pk"), help="random images, or P identities x K images (default: the recipe's)")
     add("--batch-size", type=number(int), help="images per batch of the random sampler (default: p * k)")
     add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")
     add("--k", type=number(int), help="images per identity of the pk sampler (default: 4)")
     add("--random-crop", action=switch, help="enlarge half of the images 1.125x and crop them")
+    add("--pad-crop", type=number(int, zero=True), metavar="PIXELS",
+        help="a black border and a random crop of the old size; for a height of 256, others in proportion (default: 0)")
+    add("--random-erasing", type=number(float, zero=True, most=1), metavar="P",
+        help="a random rectangle is set to the mean colour with this probability (default: 0)")
     # several processes, parts of a batch: the loss is over the whole batch, batch normalisation is not
     add("--micro-batches", type=number(int), help="pass a process's batch in N parts, which saves memory and takes one "
         "more forward pass; batch normalisation sees a part at a time (default: the recipe's, 1)")
@@ -133,6 +152,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--tensorboard", action="store_true", help="the log as curves in RUN/tensorboard, too, if it is installed")
     add("--metric", choices=("cosine", "euclidean"), help="distance of the scoring (default: cosine)")
     add("--ignore-cameras", action="store_true", help="scoring drops only the query image itself, not its whole camera")
+    add("--flip-test", action=switch, help="scoring takes the mean of an image's and its mirror image's embedding")
     add("--run-dir", type=Path, help="the run folder itself (default: runs/DATASET_LOSS_sSEED, and flags that differ)")
     add("--resume", action="store_true", help="go on with the run in the run folder; flags come from its args.json")
     return parser
@@ -159,7 +179,11 @@ def new_run(explicit: dict) -> dict:
     if (args["batch_size"] or args["p"] * args["k"]) < 2:
         raise ValueError("a batch must have at least 2 images (batch normalisation)")
     if args["milestones"] is None:
-        args["milestones"] = [math.ceil(args["epochs"] / 3), math.ceil(args["epochs"] * 2 / 3)]
+        args["milestones"] = [Fraction(1, 3), Fraction(2, 3)]
+    if any(isinstance(milestone, Fraction) for milestone in args["milestones"]):
+        args["milestones"] = [math.ceil(part * args["epochs"]) for part in args["milestones"]]
+    if isinstance(args["warmup"], Fraction):
+        args["warmup"] = round(float(args["warmup"] * args["epochs"]), 4)
     args["loss_lr"] = args["loss_lr"] or args["lr"]
     args["loss"] = with_weights(explicit["loss"], args.pop("loss_weights", {}))
     args["loss_args"] = [f"{key}={value!r}" for key, value in values.get("loss_args", {}).items()]
@@ -234,7 +258,7 @@ def command_line(args: dict) -> str:
     words = []
     for key, value in args.items():
         flag = f"--{key.replace('_', '-')}"
-        if value is True or (value is False and key in ("random_crop", "tf32")):  # the switches that have an opposite
+        if value is True or (value is False and key in OPPOSITES):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list | tuple):
             words += [flag, *map(str, value)] if value or key == "milestones" else []  # without any: lr never falls

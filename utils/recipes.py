@@ -2,16 +2,21 @@
 
 `published` repeats the settings behind the published comparison, as far as flags can express them (results/README.md).
 `controlled` is one recipe for every loss: same batches, optimizer, schedule, epochs and augmentation; a row differs in
-the loss's own numbers only. The rows of a recipe, the later ones winning: `*`, `LOSS`, `*@DATASET`, `LOSS@DATASET`.
+the loss's own numbers only. `tricks` is `controlled` and what reid-strong-baseline and AGW add to it: its rows lie over
+those of `controlled`. The rows of a recipe, the later ones winning: `*`, `LOSS`, `*@DATASET`, `LOSS@DATASET`.
 
 `loss_args` holds constructor arguments, keyed `LOSS.ARGUMENT`; those of `loss_args_by_steps` are divided by the number
-of training steps. `loss_weights` holds the weight of a term that the expression leaves unwritten.
+of training steps. `loss_weights` holds the weight of a term that the expression leaves unwritten. A Fraction is a part
+of the epochs.
 """
 
+from fractions import Fraction
 from typing import Any
 
 RANDOM_32 = {"sampler": "random", "batch_size": 32}
 SMALL = {"arch": "resnet18", "weights": "none", "height": 128, "width": 64, "epochs": 5, "milestones": [4]}
+
+SMOOTHED = {"loss_args": {"softmax.label_smoothing": 0.1}}
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "controlled": {
@@ -66,6 +71,23 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "cosface": {"milestones": [5, 20, 40], "loss_args": {"cosface.scale": 50.0, "cosface.margin": 0.0}},
         "arcface": {"milestones": [5, 20, 40], "loss_args": {"arcface.margin": 0.1}},
     },
+    "tricks": {
+        # Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", CVPRW 2019; pool and
+        # flip_test: Ye et al., "Deep Learning for Person Re-identification: A Survey and Outlook" (AGW), TPAMI 2021.
+        "*": {
+            "warmup": Fraction(1, 6),
+            "milestones": [Fraction(1, 3), Fraction(7, 12)],
+            "pad_crop": 10,
+            "random_erasing": 0.5,
+            "last_stride": 1,
+            "pool": "gem",
+            "neck": "bn",
+            "flip_test": True,
+        },
+        "softmax": SMOOTHED,
+        "softmax+triplet": SMOOTHED,
+        "softmax+center": SMOOTHED,
+    },
 }
 
 
@@ -74,7 +96,9 @@ def recipe_values(recipe: str, row: str, dataset: str) -> dict[str, Any]:
     if recipe not in RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
     values: dict[str, Any] = {}
-    for name in ("*", row, f"*@{dataset}", f"{row}@{dataset}"):
-        for key, value in RECIPES[recipe].get(name, {}).items():
+    tables = [RECIPES["controlled"], RECIPES["tricks"]] if recipe == "tricks" else [RECIPES[recipe]]
+    names = ("*", row, f"*@{dataset}", f"{row}@{dataset}")
+    for rows in (table.get(name, {}) for table in tables for name in names):
+        for key, value in rows.items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return values
