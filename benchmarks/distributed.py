@@ -6,8 +6,8 @@
 
 Steps of train.py (forward, gather, loss, backward, all-reduce, Adam) on one ready batch, P x K = 16 x 4 by default:
 
-  processes       one process with all threads beside N with a share of the threads (or a GPU each) and of the batch. Of N
-                  on one CPU no speed-up is to be expected, so the parts that only they have are timed apart: the
+  processes       one process with all threads beside N with a share of the threads (or a GPU each) and of the batch.
+                  Of N on one CPU no speed-up is to be expected, so the parts that only they have are timed apart: the
                   gather of the embeddings, the all-reduce of the gradients (a step with it less one without), and the
                   look at the other processes' stop signals.
   micro-batches   one process, the same batch in 1, 4 and 16 parts, and 4 times the batch in 16: time and peak memory.
@@ -90,7 +90,7 @@ def measure(number: int, count: int, port: int, path: str, args: argparse.Namesp
         if number == 0:
             spread = [round(value, 3) for value in (min(times["step"]), max(times["step"]))]
             row = {"processes": count, "images": p * K, "parts": parts, "ms": found, "step_spread_ms": spread}
-            Path(path).write_text(json.dumps({**row, "peak_memory_mib": round(memory, 1)}))
+            Path(path).write_text(json.dumps({**row, "peak_memory_mib": round(memory, 1)}), encoding="utf-8")
 
 
 def run(args: argparse.Namespace, count: int, p: int, parts: int) -> dict:
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, count: int, p: int, parts: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         torch.multiprocessing.spawn(measure, (count, port, str(path), args, p, parts), nprocs=count)
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:

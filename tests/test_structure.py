@@ -83,7 +83,7 @@ def test_readers_import_what_readers_share_and_the_standard_library(path):
 MAY_IMPORT = {
     "losses": (),
     "models": (),
-    "data": ("utils.errors", "utils.seed"),
+    "data": ("utils.distributed", "utils.errors", "utils.seed"),
     "utils": ("losses", "models", "data", "utils"),
     "evaluate": ("data", "models", "utils"),
     "train": ("losses", "models", "data", "utils", "evaluate"),

@@ -59,7 +59,7 @@ def processes() -> Iterator[None]:
         return
     store = join()
     if rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     try:
         yield
     except BaseException as error:
@@ -68,7 +68,7 @@ def processes() -> Iterator[None]:
             first = store.add("failed", 1) == 1
         except RuntimeError:  # the store is gone, with torchrun or with rank 0
             first = rank() == 0
-        silent = None if first else open(os.devnull, "w")
+        silent = None if first else open(os.devnull, "w", encoding="utf-8")
         sys.stdout, sys.stderr = silent or sys.__stdout__, silent or sys.__stderr__
         if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
             raise UserError("another process has ended, so this one does, too: see what it or torchrun says") from None
