@@ -192,7 +192,7 @@ def _rows(table, index: Tensor | slice, device: torch.device) -> Tensor:  # of a
 
 def _ids(device, num_query: int, num_gallery: int, *columns) -> list[Tensor]:
     """query_pids, query_camids, gallery_pids, gallery_camids as int64 on the device, checked."""
-    columns = [column if isinstance(column, Tensor) else torch.tensor(column) for column in columns]
+    columns = [torch.as_tensor(c.astype(c.dtype.newbyteorder("=")) if hasattr(c, "astype") else c) for c in columns]
     for column, n in zip(columns, (num_query, num_query, num_gallery, num_gallery), strict=True):
         if column.is_floating_point() or column.dtype == torch.bool or column.shape != (n,) or n == 0:
             raise ValueError(f"pids and camids must be {n} integers here, not {tuple(column.shape)} {column.dtype}.")
