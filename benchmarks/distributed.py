@@ -6,8 +6,8 @@
 
 Steps of train.py (forward, gather, loss, backward, all-reduce, Adam) on one ready batch, P x K = 16 x 4 by default:
 
-  processes       one process with all threads beside N with a share of the threads (or a GPU each) and of the batch. Of N
-                  on one CPU no speed-up is to be expected, so the parts that only they have are timed apart: the
+  processes       one process with all threads beside N with a share of the threads (or a GPU each) and of the batch. Of
+                  N on one CPU no speed-up is to be expected, so the parts that only they have are timed apart: the
                   gather of the embeddings, the all-reduce of the gradients (a step with it less one without), and the
                   look at the other processes' stop signals.
   micro-batches   one process, the same batch in 1, 4 and 16 parts, and 4 times the batch in 16: time and peak memory.
