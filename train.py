@@ -190,8 +190,8 @@ def main(argv: list[str] | None = None) -> None:
         groups.append({"params": list(loss_fn.parameters()), "lr": args["loss_lr"]})
     optimizer = torch.optim.Adam(groups, weight_decay=args["weight_decay"], fused=True)
     first_rates = [group["lr"] for group in groups]
-    forward, whole_loss = distributed.parallel(model), distributed.parallel(loss_fn)
-    forward = torch.compile(forward) if args["compile"] else forward
+    forward = distributed.parallel(torch.compile(model) if args["compile"] else model)
+    whole_loss = distributed.parallel(loss_fn)
     how = {key: args[key] for key in ("random_crop", "pad_crop", "random_erasing", "cache", "workers")}
     images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **how)
 

@@ -31,7 +31,10 @@ from losses import LOSSES, build_loss
 from models.backbone import GlobalAveragePool
 from utils import distributed
 from utils.features import Features
+from utils.flags import DEFAULTS, new_run
+from utils.plan import commands
 from utils.ranking import rank_metrics
+from utils.results import describe
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Market-1501 in"), pytest.mark.filterwarnings("ignore:Named tensors")]
 ROOT = Path(__file__).resolve().parent.parent
@@ -494,3 +497,23 @@ def test_no_usable_backend_is_one_sentence(monkeypatch, lacking):
     monkeypatch.setattr(distributed.dist, lacking, lambda: False)
     with pytest.raises(ValueError, match="lacks torch.distributed with gloo: leave torchrun out"):
         distributed.join()
+
+
+# ------------------------------------------------------------------------------------------------ what tables say of it
+
+
+def test_tables_tell_other_batch_norm_statistics_apart():
+    """Of runs with other parts, also of those before the published recipe had any, or in several processes."""
+    args = new_run({"loss": "softmax", "dataset": "market", "recipe": "published"})
+    assert args["micro_batches"] == 4 and "micro-batches" not in describe(args) and "processes" not in describe(args)
+    assert describe({**args, "micro_batches": DEFAULTS["micro_batches"]}).endswith("--micro-batches 1")
+    assert "2 processes" in describe({**args, "environment": {"processes": 2}})
+
+
+def test_trainings_at_a_time_keep_to_the_gpus_they_were_given(monkeypatch):
+    runs = [new_run({"loss": "softmax", "dataset": "market", "seed": seed}) for seed in range(3)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for given, bound in (("", "010"), ("5,7", "575")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        starts = [line.split()[0] for line in commands(runs, 2, "python")]
+        assert starts == [f"CUDA_VISIBLE_DEVICES={number}" for number in bound]
