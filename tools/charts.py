@@ -1,7 +1,5 @@
 """The two charts of tools.show as SVG, for the page: CMC curves, and the similarities of right and wrong images."""
 
-from html import escape
-
 from utils.verification import Pairs, at_rate
 
 WIDTH, HEIGHT = 440, 260  # of a chart, in its own units
@@ -9,19 +7,16 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 20, 14, 40  # margins
 BARS = 60  # of a histogram
 
 
-def cmc_chart(curves: dict[str, list[float]]) -> str:
-    """name -> share of the queries with a right image among the first 1, 2, ... (0..1)."""
-    most = max(map(len, curves.values()))
-    low = min(int(5 * min(curve[0] for curve in curves.values())), 4)  # fifths
+def cmc_chart(curves: list[list[float]]) -> str:
+    """Of one or two runs the share of the queries with a right image among the first 1, 2, ... (0..1)."""
+    most = max(map(len, curves))
+    low = min(int(5 * min(curve[0] for curve in curves)), 4)  # fifths
     ticks, low = [(i / 5, f"{20 * i}") for i in range(low, 6)], low / 5
     parts = _axes([(k, str(k)) for k in (1, 5, 10, 20, 50) if k <= most], (1, max(most, 2)), "rank k",
                   ticks, (low, 1), "queries, %")  # fmt: skip
-    for i, (name, curve) in enumerate(curves.items()):
+    for i, curve in enumerate(curves):
         points = " ".join(f"{_x(k, 1, max(most, 2)):.1f},{_y(share, low, 1):.1f}" for k, share in enumerate(curve, 1))
         parts.append(f'<polyline class="line{i}" points="{points}"/>')
-        y = HEIGHT - BOTTOM - 14 - 18 * (len(curves) - 1 - i)
-        parts.append(f'<line class="line{i}" x1="{WIDTH - 210}" x2="{WIDTH - 180}" y1="{y - 4}" y2="{y - 4}"/>')
-        parts.append(f'<text x="{WIDTH - 174}" y="{y}">{escape(name[:24])}</text>')
     return _svg(parts, "CMC curve")
 
 

@@ -168,9 +168,10 @@ def write_page(runs: list[Shown], title: str, data: dict) -> str:
         f"{escape(command(s))}</pre><pre>{escape(json.dumps(all_flags(s), indent=1))}</pre></details>"
         for s in runs
     )
-    curves = {s.name: cmc(s) for s in runs}
     caption = "CMC: how often a right image is among the first k"
-    charts = f"<figure>{cmc_chart(curves)}<figcaption>{caption}</figcaption></figure>"
+    if several:
+        caption += f"; solid: {escape(runs[0].name)}, dashed: {escape(runs[1].name)}"
+    charts = f"<figure>{cmc_chart([cmc(s) for s in runs])}<figcaption>{caption}</figcaption></figure>"
     for s in runs:
         found = at_rate(s.pairs, 1e-3)["tpr"]
         caption = (f"what the loss pushes apart: right of the dotted line lie {100 * found:.0f} % of the pairs of one "
@@ -180,8 +181,8 @@ def write_page(runs: list[Shown], title: str, data: dict) -> str:
     orders = [("hardest", "hardest first"), ("easiest", "easiest first"), ("person", "by person")]
     chosen = "the hardest, and as many from hard to easy"
     if several:
-        orders = [("differ", "largest difference first"), ("one", f"{runs[0].name} better first"),
-                  ("two", f"{runs[1].name} better first"), *orders]  # fmt: skip
+        orders = [("differ", "largest difference first"), ("one", "first run better"),
+                  ("two", "second run better"), *orders]  # fmt: skip
         chosen = "those on which the runs differ most"
     if len(data["queries"]) == valid:
         chosen = "all"
