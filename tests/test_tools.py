@@ -1,7 +1,9 @@
 """tools/: each one run on a tiny trained network, and what it wrote looked at; the page of tools.show in a browser."""
 
+import ast
 import base64
 import csv
+import importlib
 import io
 import json
 import os
@@ -14,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import small_models
 from PIL import Image
 
 import train
 from data.images import normalise, stream_images
 from evaluate import load_run
-from models import build_model
+from models import ARCHS, build_model
 from tools import compare, embed, embedding, export, search, show
 from utils.errors import UserError
 from utils.ranking import rank_queries
@@ -293,9 +294,11 @@ def test_the_page_holds_what_was_found(runs, pages):
     results = rank_queries(f.query, *ids)
     assert len(data["queries"]) == 18 and len({query["image"] for query in data["queries"]}) == 18
     rows = torch.nn.functional.normalize(f.query), torch.nn.functional.normalize(f.gallery)
+    base = Path(f.query_paths[0]).parent.parent
+    names = [[str(Path(path).relative_to(base)) for path in paths] for paths in (f.query_paths, f.gallery_paths)]
     for query in data["queries"]:
         image = data["images"][query["image"]]
-        q = f.query_paths.index(image["path"])
+        q = names[0].index(image["path"])
         assert (image["pid"], image["camid"]) == (f.query_pids[q], f.query_camids[q])
         (found,) = query["found"]
         assert found["first"] == results["first_rank"][q] and query["matches"] == results["num_matches"][q]
@@ -303,7 +306,7 @@ def test_the_page_holds_what_was_found(runs, pages):
         similarity = rows[1] @ rows[0][q]
         similarity[(f.gallery_pids == f.query_pids[q]) & (f.gallery_camids == f.query_camids[q])] = -2
         order = similarity.argsort(descending=True)[:10].tolist()
-        assert [data["images"][i]["path"] for i, _, _ in found["near"]] == [f.gallery_paths[i] for i in order]
+        assert [data["images"][i]["path"] for i, _, _ in found["near"]] == [names[1][i] for i in order]
         assert [s for _, s, _ in found["near"]] == pytest.approx(similarity[order].tolist(), abs=1e-4)
         assert [right for _, _, right in found["near"]] == [bool(f.gallery_pids[i] == f.query_pids[q]) for i in order]
         assert (found["first"] > 1) == (not found["near"][0][2])
@@ -341,48 +344,29 @@ def test_which_queries_are_chosen():
 
 def test_a_page_that_would_be_too_large_shows_fewer_queries(runs):
     shown = show.look(embedding.open_run(runs[0], "cpu", 1), features_of(runs[0]))
-    whole = show.collect([shown], list(range(18)))
-    less = show.collect([shown], list(range(18)), most_bytes=sum(len(i["source"]) for i in whole["images"]) // 2)
+    whole, files = show.collect([shown], list(range(18)))
+    half = sum(len(image["source"]) for image in whole["images"]) // 2
+    less, _ = show.collect([shown], list(range(18)), most_bytes=half)
+    assert len(files) == len(whole["images"]) and all(Path(file).is_file() for file in files)
     assert 0 < len(less["queries"]) < 18 and less["queries"] == whole["queries"][: len(less["queries"])]
     assert len(less["images"]) < len(whole["images"])
 
 
-def maps_of(model, tiny_market, height, width):
-    settings = {"height": height, "width": width, "amp": False, "device": torch.device("cpu"), "workers": 0}
+@pytest.mark.parametrize("arch", ARCHS)
+def test_activation_maps_of_every_arch(arch, tiny_market):
+    """The length of the feature map's vectors; averaging the map gives the embedding."""
+    model = build_model(arch).eval()
+    settings = {"height": 64, "width": 32, "amp": False, "device": torch.device("cpu"), "workers": 0}
+    run = embedding.Run(Path("x"), model, {"arch": arch}, settings)
     paths = sorted(map(str, (tiny_market / "query").iterdir()))[:2]
-    maps = show.activation_maps(embedding.Run(Path("x"), model, {}, settings), paths)
-    (images,) = stream_images([Path(path) for path in paths], height, width, torch.device("cpu"), 2, 0)
-    return maps, images
-
-
-@pytest.mark.parametrize("arch, last", [("resnet18", "layer4"), ("mobilenet_v2", "features"), ("swin_t", "permute"),
-                                        ("efficientnet_b0", "features"), ("resnet18 gem", "layer4")])  # fmt: skip
-def test_activation_maps(arch, last, tiny_market):
-    """The length of the feature map's vectors; averaging the map gives the embedding, but for GeM."""
-    model = build_model(arch.split()[0], pool="gem" if "gem" in arch else "avg").eval()
-    maps, images = maps_of(model, tiny_market, 64, 32)
-    found = []
-    model.get_submodule(last).register_forward_hook(lambda *hook: found.append(hook[2]))
+    maps = show.activation_maps(run, paths)
+    (images,) = stream_images([Path(path) for path in paths], 64, 32, torch.device("cpu"), 2, 0)
     with torch.inference_mode():
-        embeddings = model(images)
-    if "gem" not in arch:
-        torch.testing.assert_close(found[0].mean((2, 3)), embeddings)
-    lengths = found[0].square().sum(1).sqrt()
+        features = model[:-1](images)
+        torch.testing.assert_close(features.mean((2, 3)), model(images))
+    lengths = features.square().sum(1).sqrt()
+    lengths -= lengths.amin((1, 2), keepdim=True)
     assert maps.shape == lengths.shape and maps.dtype == np.uint8 and (maps.max((1, 2)) == 255).all()
-    np.testing.assert_allclose(maps, 255 * lengths / lengths.amax((1, 2), keepdim=True), atol=0.51)
-
-
-def test_activation_maps_of_a_vision_transformer(tiny_market, monkeypatch):
-    """A small one. At each place the length of the last token there, the class token's left out."""
-    small = torchvision.models.VisionTransformer(224, 16, 2, 4, 64, 128)
-    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: small)
-    model = build_model("vit_b_16", height=64, width=32).eval()
-    maps, images = maps_of(model, tiny_market, 64, 32)
-    found = []
-    model.encoder.register_forward_hook(lambda *hook: found.append(hook[2]))
-    with torch.inference_mode():
-        torch.testing.assert_close(model(images), found[0][:, 0])
-    lengths = found[0][:, 1:].square().sum(2).sqrt().view(2, 4, 2)
     np.testing.assert_allclose(maps, 255 * lengths / lengths.amax((1, 2), keepdim=True), atol=0.51)
 
 
@@ -529,3 +513,81 @@ def test_help_and_mistakes_from_the_shell(name, tmp_path):
               "export": ["x.onnx"], "search": ["--query", "a.jpg", "--gallery", "b"]}  # fmt: skip
     done = call(*needed[name], "--run", str(tmp_path))
     assert done.returncode == 1 and done.stderr.startswith(f"tools.{name}: ") and len(done.stderr.splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- README
+
+README = (ROOT / "tools/README.md").read_text()
+
+
+def test_from_photographs_to_a_ranked_list(tiny_market, tmp_path, monkeypatch, capsys):
+    """The README's six commands in order, but for the installation, with a network that trains in seconds."""
+    for path in (tiny_market / "bounding_box_test").iterdir():
+        place = tmp_path / "photos" / {"0007": "anna"}.get(path.name[:4], path.name[:4])
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / f"{1 + len(list(place.iterdir()))}.jpg")
+    (block,) = re.findall(r"```bash\n(pip install .*?)```", README, flags=re.S)
+    install, *lines = block.splitlines()
+    assert install == "pip install -r requirements.txt" and len(lines) == 5
+    monkeypatch.chdir(tmp_path)
+    quick = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--epochs", "1", "--p", "3"]
+    for line in lines:
+        words = line.split()[1:]
+        name, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+        flags += (quick if name == "train" else []) + ([] if name == "data.check" else CPU)
+        importlib.import_module(name).main(flags)
+    out = capsys.readouterr().out
+    assert len(table_rows(out)) == 10 and "photos/anna/1.jpg\n" in out
+    assert Path("search.png").is_file() and Path("runs/photos/show.html").is_file()
+
+
+def test_embed_crops_of_a_tracker(run, tiny_market, monkeypatch):
+    (block,) = re.findall(r"```python\n(from pathlib.*?)```", README, flags=re.S)
+    names = {}
+    exec(block.replace('"runs/photos"', repr(str(run))), names)
+    paths = sorted((tiny_market / "query").iterdir())[:3]
+    crops = [np.asarray(Image.open(path))[..., ::-1] for path in paths]
+    rows = torch.from_numpy(wanted(run, paths))
+    torch.testing.assert_close(names["embed_crops"](crops), torch.nn.functional.normalize(rows), atol=1e-5, rtol=0)
+
+
+def test_the_exported_file_without_this_project(run, tiny_market, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export.main([str(tmp_path / "model.onnx"), "--run", str(run), *CPU])
+    (block,) = re.findall(r"```python\n(import json.*?)```", README, flags=re.S)
+    paths = sorted((tiny_market / "query").iterdir())[:2]
+    for path, name in zip(paths, ("a.jpg", "b.jpg"), strict=True):
+        shutil.copy(path, tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=True)
+    rows = wanted(run, paths)
+    cosine = rows[0] @ rows[1] / np.prod(np.linalg.norm(rows, axis=1))
+    assert float(done.stdout.split()[1]) == pytest.approx(cosine, abs=1e-4)
+
+
+def test_every_command_of_the_readme_parses(capsys):
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
+    lines += re.findall(r"^\| `(python -m tools.*?)`", README, flags=re.M)
+    known = {"show", "embed", "search", "compare", "export"}
+    assert {name for line in lines for name in re.findall(r"tools\.(\w+)", line)} == known
+    for line in lines:
+        if match := re.match(r"python -m tools\.(\w+) (.*)", line):
+            with pytest.raises((UserError, OSError)):  # the flags are known, the run is not there
+                importlib.import_module(f"tools.{match[1]}").main(match[2].replace("runs/", "nowhere/").split())
+
+
+def test_tools_import_neither_training_nor_losses():
+    """And what is optional only where it is needed."""
+
+    def imports(nodes):
+        for node in nodes:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            yield from names or [alias.name for alias in node.names if isinstance(node, ast.Import)]
+
+    for path in (ROOT / "tools").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = {name.split(".")[0] for name in imports(nodes)}
+        assert not found & {"train", "losses", "torchvision", "benchmarks"}, path
+        found = {name.split(".")[0] for name in imports(set(nodes) & set(tree.body))}
+        assert not found & {"matplotlib", "onnx", "onnxruntime", "onnxscript"}, path

@@ -1,27 +1,22 @@
 """The two charts of tools.show as SVG, for the page: CMC curves, and the similarities of right and wrong images."""
 
-from html import escape
-
 from utils.verification import Pairs, at_rate
 
 WIDTH, HEIGHT = 440, 260  # of a chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 40  # margins
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 14, 40  # margins
 BARS = 60  # of a histogram
 
 
-def cmc_chart(curves: dict[str, list[float]]) -> str:
-    """name -> share of the queries with a right image among the first 1, 2, ... (0..1)."""
-    most = max(map(len, curves.values()))
-    low = min(int(10 * min(curve[0] for curve in curves.values())) / 10, 0.9)
+def cmc_chart(curves: list[list[float]]) -> str:
+    """Of one or two runs the share of the queries with a right image among the first 1, 2, ... (0..1)."""
+    most = max(map(len, curves))
+    low = min(int(5 * min(curve[0] for curve in curves)), 4)  # fifths
+    ticks, low = [(i / 5, f"{20 * i}") for i in range(low, 6)], low / 5
     parts = _axes([(k, str(k)) for k in (1, 5, 10, 20, 50) if k <= most], (1, max(most, 2)), "rank k",
-                  [(low + i * (1 - low) / 4, f"{100 * (low + i * (1 - low) / 4):.0f}") for i in range(5)], (low, 1),
-                  "queries with a right image within k, %")  # fmt: skip
-    for i, (name, curve) in enumerate(curves.items()):
+                  ticks, (low, 1), "queries, %")  # fmt: skip
+    for i, curve in enumerate(curves):
         points = " ".join(f"{_x(k, 1, max(most, 2)):.1f},{_y(share, low, 1):.1f}" for k, share in enumerate(curve, 1))
         parts.append(f'<polyline class="line{i}" points="{points}"/>')
-        y = HEIGHT - BOTTOM - 14 - 18 * (len(curves) - 1 - i)
-        parts.append(f'<line class="line{i}" x1="{WIDTH - 210}" x2="{WIDTH - 180}" y1="{y - 4}" y2="{y - 4}"/>')
-        parts.append(f'<text x="{WIDTH - 174}" y="{y}">{escape(name[:24])}</text>')
     return _svg(parts, "CMC curve")
 
 
@@ -50,14 +45,12 @@ def similarity_chart(pairs: Pairs) -> str:
         base = HEIGHT - BOTTOM
         parts.append(f'<polygon class="{kind}" points="{LEFT},{base} {points} {WIDTH - RIGHT},{base}"/>')
         peak = max(range(BARS), key=shares.__getitem__)
-        x = min(max(_x(low + (peak + 0.5) * (high - low) / BARS, low, high), LEFT + 38), WIDTH - RIGHT - 38)
-        parts.append(f'<text class="halo" text-anchor="middle" x="{x:.0f}" y="{_y(shares[peak], 0, top) - 5 + 16:.0f}">'
-                     f"{name}</text>")  # fmt: skip
-    limit = at_rate(pairs, 1e-3)
-    x = _x(min(max(limit["threshold"], low), high), low, high)
+        side = -1 if peak > BARS // 3 else 1  # beside the peak
+        x, y = _x(low + (peak + 0.5) * (high - low) / BARS, low, high) + 22 * side, _y(shares[peak], 0, top) + 8
+        anchor = "end" if side < 0 else "start"
+        parts.append(f'<text class="halo" text-anchor="{anchor}" x="{x:.0f}" y="{y:.0f}">{name}</text>')
+    x = _x(min(max(at_rate(pairs, 1e-3)["threshold"], low), high), low, high)
     parts.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    label = f"{limit['tpr']:.0%} of one person beyond 99.9 % of two people"
-    parts.append(f'<text class="small" text-anchor="end" x="{WIDTH - RIGHT}" y="{TOP - 3}">{label}</text>')
     return _svg(parts, "similarities of pairs of one person and of two people")
 
 

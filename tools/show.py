@@ -14,6 +14,7 @@ import argparse
 import base64
 import io
 import json
+import os
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +33,9 @@ from tools.embedding import Run, add_flags, open_run, pairs_of, script, split_fe
 from utils.errors import UserError, user_input
 from utils.features import Features
 from utils.files import write_atomically, write_text
-from utils.flags import command_line, number
+from utils.flags import FREE, command_line, number
 from utils.ranking import SLACK, average, rank_queries
-from utils.verification import Pairs, similarities
+from utils.verification import Pairs, at_rate, similarities
 
 NEAR, MOST_BYTES = 10, 14_000_000
 SIDE = 160  # height of a picture on the page, in pixels of the file
@@ -89,7 +90,7 @@ def nearest(shown: Shown, query: int) -> list[tuple[int, float, bool]]:
 
 @torch.inference_mode()
 def activation_maps(run: Run, paths: list[str]) -> np.ndarray:
-    """(N, h, w) uint8: length of the feature map's vector at each place, 255 the longest of the image.
+    """(N, h, w) uint8: length of the feature map's vector at each place, from 0, the image's shortest, to 255.
 
     The feature map is the last output of a module with more than one place; of a ViT its last tokens but the first.
     """
@@ -111,6 +112,7 @@ def activation_maps(run: Run, paths: list[str]) -> np.ndarray:
         for hook in hooks:
             hook.remove()
     lengths = torch.cat(maps)
+    lengths -= lengths.amin((1, 2), keepdim=True)
     return (255 * lengths / lengths.amax((1, 2), keepdim=True).clamp(min=1e-12)).round().byte().cpu().numpy()
 
 
@@ -121,17 +123,19 @@ def thumbnail(path: str, height: int, width: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def collect(runs: list[Shown], chosen: list[int], most_bytes: int = MOST_BYTES) -> dict:
-    """What the page's script reads: images (each once), maps, and queries as long as there is room."""
+def collect(runs: list[Shown], chosen: list[int], most_bytes: int = MOST_BYTES) -> tuple[dict, list[str]]:
+    """What the page's script reads: images (each once), maps, and queries as long as there is room; and the files."""
     f, args = runs[0].features, runs[0].run.args
     places, images, queries, size = {}, [], [], 0
+    base = os.path.commonpath([os.path.dirname(path) for path in [*f.query_paths, *f.gallery_paths]])
 
     def add(path: str, pid: int, camid: int) -> int:
         nonlocal size
         if path not in places:
             places[path] = len(images)
             source = thumbnail(path, args["height"], args["width"])
-            images.append({"source": source, "path": path, "pid": pid, "camid": camid})
+            name = os.path.relpath(path, base) if path.startswith(base) else path
+            images.append({"source": source, "path": name, "pid": pid, "camid": camid})
             size += len(source) + len(path) + 60 + 200 * len(runs)
         return places[path]
 
@@ -151,7 +155,7 @@ def collect(runs: list[Shown], chosen: list[int], most_bytes: int = MOST_BYTES) 
         maps = activation_maps(shown.run, list(places))
         of = [base64.b64encode(values.tobytes()).decode() for values in maps]
         described.append({"name": shown.name, "maps": {"height": maps.shape[1], "width": maps.shape[2], "of": of}})
-    return {"runs": described, "images": images, "queries": queries}
+    return {"runs": described, "images": images, "queries": queries}, list(places)
 
 
 def write_page(runs: list[Shown], title: str, data: dict) -> str:
@@ -167,23 +171,24 @@ def write_page(runs: list[Shown], title: str, data: dict) -> str:
     head = "".join(f"<th>{names.get(key, key)}</th>" for key in METRICS)
     flags = "".join(
         f"<details><summary>flags{' of ' + escape(s.name) if several else ''}</summary><pre>python train.py "
-        f"{escape(command_line(s.run.args['explicit']))}</pre><pre>"
-        f"{escape(json.dumps({k: v for k, v in s.run.args.items() if k not in ('explicit', 'val_pids')}, indent=1))}"
-        "</pre></details>"
+        f"{escape(command(s))}</pre><pre>{escape(json.dumps(all_flags(s), indent=1))}</pre></details>"
         for s in runs
     )
-    curves = {s.name: cmc(s) for s in runs}
     caption = "CMC: how often a right image is among the first k"
-    charts = f"<figure>{cmc_chart(curves)}<figcaption>{caption}</figcaption></figure>"
+    if several:
+        caption += f"; solid: {escape(runs[0].name)}, dashed: {escape(runs[1].name)}"
+    charts = f"<figure>{cmc_chart([cmc(s) for s in runs])}<figcaption>{caption}</figcaption></figure>"
     for s in runs:
-        caption = "what the loss pushes apart; dotted: 1 of 1,000 pairs of two people lies right of it"
+        found = at_rate(s.pairs, 1e-3)["tpr"]
+        caption = (f"what the loss pushes apart: right of the dotted line lie {100 * found:.0f} % of the pairs of one "
+                   "person and 0.1 % of those of two people")  # fmt: skip
         caption = f"{escape(s.name)}: {caption}" if several else caption
         charts += f"<figure>{similarity_chart(s.pairs)}<figcaption>{caption}</figcaption></figure>"
     orders = [("hardest", "hardest first"), ("easiest", "easiest first"), ("person", "by person")]
     chosen = "the hardest, and as many from hard to easy"
     if several:
-        orders = [("differ", "largest difference first"), ("one", f"{runs[0].name} better first"),
-                  ("two", f"{runs[1].name} better first"), *orders]  # fmt: skip
+        orders = [("differ", "largest difference first"), ("one", "first run better"),
+                  ("two", "second run better"), *orders]  # fmt: skip
         chosen = "those on which the runs differ most"
     if len(data["queries"]) == valid:
         chosen = "all"
@@ -210,12 +215,21 @@ def write_page(runs: list[Shown], title: str, data: dict) -> str:
     return before.encode("utf-8", "backslashreplace").decode()  # file names may hold anything
 
 
+def command(shown: Shown) -> str:
+    """The flags that were given, without those of the machine."""
+    return command_line({key: value for key, value in shown.run.args["explicit"].items() if key not in FREE})
+
+
+def all_flags(shown: Shown) -> dict:
+    return {key: value for key, value in shown.run.args.items() if key not in (*FREE, "explicit", "val_pids", "notes")}
+
+
 def cmc(shown: Shown, most: int = 50) -> list[float]:
     first = shown.results["first_rank"][shown.results["num_matches"] > 0]
     return [(first <= k).double().mean().item() for k in range(1, min(most, len(shown.features.gallery)) + 1)]
 
 
-def draw_png(runs: list[Shown], title: str, data: dict, rows: int, maps: bool) -> Image.Image:
+def draw_png(runs: list[Shown], title: str, data: dict, files: list[str], rows: int, maps: bool) -> Image.Image:
     """Scores and charts (with matplotlib, if it is installed) above the first queries, with or without their maps."""
     lines = []
     for query in data["queries"][:rows]:
@@ -223,13 +237,13 @@ def draw_png(runs: list[Shown], title: str, data: dict, rows: int, maps: bool) -
             cells = [(query["image"], f"AP {found['ap']:.2f}", None), *found["near"]]
             lines.append([])
             for image, value, right in cells:
-                path, camid = data["images"][image]["path"], data["images"][image]["camid"]
+                camid = data["images"][image]["camid"]
                 caption = value if right is None else f"{value:.2f}{f' cam {camid}' if camid >= 0 else ''}"
                 activation = None
                 if maps:
                     values = base64.b64decode(described["maps"]["of"][image])
                     activation = np.frombuffer(values, np.uint8).reshape(described["maps"]["height"], -1)
-                lines[-1].append((Path(path), caption, right, activation))
+                lines[-1].append((Path(files[image]), caption, right, activation))
     sheet = draw_rows(lines, runs[0].run.args["height"], runs[0].run.args["width"])
     try:
         import matplotlib
@@ -241,7 +255,7 @@ def draw_png(runs: list[Shown], title: str, data: dict, rows: int, maps: bool) -
 
     figure, axes = pyplot.subplots(1, 1 + len(runs), figsize=(12, 4), dpi=sheet.width / 12, layout="constrained")
     words = [f"{s.name}: rank-1 {s.metrics['rank1']:.1%}, mAP {s.metrics['mAP']:.1%}, mINP {s.metrics['mINP']:.1%} "
-             f"({command_line(s.run.args['explicit'])})"[:170] for s in runs]  # fmt: skip
+             f"({command(s)})"[:170] for s in runs]  # fmt: skip
     figure.suptitle("\n".join([title, *words]), fontsize=9)
     for shown, style in zip(runs, ("-", "--"), strict=False):
         curve = [100 * share for share in cmc(shown)]
@@ -292,12 +306,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("the two runs were tested on different images: name a test set with --dataset and --data-dir")
     valid = runs[0].results["num_matches"] > 0
     chosen = choose([shown.results["ap"] for shown in runs], valid, args.queries)
-    data = collect(runs, chosen)
+    data, files = collect(runs, chosen)
     out = args.out or args.run[0] / "show.html"
     write_text(out, write_page(runs, title, data))
     print(f"{out}: {len(data['queries']):,} queries, {out.stat().st_size / 1e6:.1f} MB")
     for maps in (False, True) if args.png else ():
-        picture = draw_png(runs, title, data, 12 // len(runs), maps)
+        picture = draw_png(runs, title, data, files, 12 // len(runs), maps)
         file = out.with_name(f"{out.stem}{'_maps' if maps else ''}.png")
         write_atomically(file, lambda stream, picture=picture: picture.save(stream, "PNG"))
         print(file)
