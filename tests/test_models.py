@@ -399,7 +399,7 @@ def test_a_backbone_of_ones_own(tmp_path, monkeypatch):
     assert model.embedding_dim == 8 and model(torch.rand(2, 3, 64, 32)).shape == (2, 8)
     torch.save(prefixed(model.state_dict(), "module."), tmp_path / "w.pth")
     assert torch.equal(build_model("tiny", str(tmp_path / "w.pth"))[0].weight, model[0].weight)
-    with pytest.raises(ValueError, match="tiny is as its own function builds it: leave --last-stride, --pool and --neck"):
+    with pytest.raises(ValueError, match="tiny is as its own function builds it: leave --last-stride, --pool and"):
         build_model("tiny", neck="bn")
     with pytest.raises(ValueError, match="no ImageNet weights of tiny: pass --weights none or a file"):
         build_model("tiny", "imagenet")
