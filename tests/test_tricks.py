@@ -140,6 +140,8 @@ def test_cache_and_workers_never_change_a_pixel(paths, workers):
         for cache in ("auto", "off")
     )
     assert torch.equal(kept, read)
+    share = TrainingImages(paths, 64, 32, CPU, workers=workers, **how).batches(order, 3, 2, slice(1, 3))
+    assert torch.equal(torch.stack(list(share)), kept[:, 1:3])  # one process's rows of each batch
     other = torch.stack(list(TrainingImages(paths, 64, 32, CPU, workers=0, **how).batches(order, 3, 1)))
     assert not torch.equal(kept, other)  # another epoch
 
