@@ -8,6 +8,7 @@ import torch
 
 import evaluate
 import train
+from data import images
 from data.augment import ATTEMPTS, erasing_boxes, flip, pad_crop, random_erasing
 from data.images import TrainingImages, stream_images
 from data.market1501 import market1501
@@ -118,12 +119,20 @@ def test_new_draws_leave_the_old_pixels_alone(paths):
         assert inner.all()  # the rectangles are where they were
 
 
+def test_each_kind_of_draw_has_a_generator_of_its_own(paths, monkeypatch):
+    """By (seed, epoch, kind): two kinds that shared one would agree on which images they change."""
+    used = []
+    monkeypatch.setattr(images, "mix_seed", lambda *numbers: used.append(numbers) or 0)
+    list(TrainingImages(paths, 64, 32, CPU).batches(torch.arange(12).view(1, 12), seed=5, epoch=2))
+    assert used == [(5, 2, 1), (5, 2, 2), (5, 2, 3)]
+
+
 def test_the_border_scales_with_the_height(paths):
     """40 pixels at 256 are 10 at 64: so many black rows there are at most, and somewhere in 480 images so many."""
-    images = TrainingImages(paths, 64, 32, CPU, pad_crop=40)
+    padded = TrainingImages(paths, 64, 32, CPU, pad_crop=40)
     black = -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
     widest = 0
-    for batch in images.batches(torch.arange(12).repeat(40, 1), seed=0, epoch=0):
+    for batch in padded.batches(torch.arange(12).repeat(40, 1), seed=0, epoch=0):
         framed = (batch - black[:, None, None]).abs().amax(1) < 1e-5  # (B, H, W)
         widest = max(widest, framed.all(2).sum(1).max().item())
     assert widest == 10
