@@ -222,7 +222,8 @@ def training_row(job: steps.Job, images: Path, records: list) -> dict:
     bare = job.steps * job.batch_size / steps.bare_loop(step, job.steps, device)
     stages = {"data": steps.data_stage([record.path for record in records], job), **step.stages}
     return {**row, "bare_images_per_second": round(bare, 1), "share_of_bare_loop": row["images_per_second"] / bare,
-            "stages_ms": steps.stage_times(stages, min(20, job.steps), device), **steps.checkpoint_cost(step)}  # fmt: skip
+            "stages_ms": steps.stage_times(stages, min(20, job.steps), device),
+            **steps.checkpoint_cost(step)}  # fmt: skip
 
 
 def training(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
