@@ -99,7 +99,7 @@ def generate(folder: Path, dim: int, *size, mixed: bool = False) -> None:
 def load(folder: Path, mapped: int = 0) -> list:
     """The six arrays as tensors; mapped: that many rows of the gallery, memory-mapped instead."""
     arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in NAMES if name != "gallery"}
-    arrays["gallery"] = np.load(folder / "gallery.npy", mmap_mode="r" if mapped else None)
+    arrays["gallery"] = np.load(folder / "gallery.npy", mmap_mode="c" if mapped else None)
     if not mapped:
         arrays["gallery"] = torch.from_numpy(arrays["gallery"])
     return [arrays[name][: mapped or None] if name.startswith("gallery") else arrays[name] for name in NAMES]

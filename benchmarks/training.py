@@ -207,7 +207,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[Job]]:
     add("--steps", type=int, help="batches per epoch and loop (default: resnet18 10, resnet50 3; on a GPU 100)")
     add("--repeats", type=int, default=3, help="turns (default: 3)")
     add("--p", type=int, help="identities per batch, 4 images each (default: 16; resnet50 on a CPU 8, to save time)")
-    add("--quick", action="store_true", help="tiny images, two steps, one turn: its numbers mean nothing")
+    add("--quick", action="store_true", help="one network, tiny images, two steps, one turn: no numbers to keep")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--workers", type=int, default=default_workers(), help="threads that decode, and processes of the DataLoader")
     add("--data-dir", type=Path, help="folder for the generated pedestrians, kept (default: a temporary one)")
@@ -216,11 +216,11 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[Job]]:
     if min(args.repeats, args.steps or 1, args.p or 1) < 1:
         parser.error("--steps, --repeats and --p must be at least 1")
     find_device(args.device)
-    for arch in args.archs:
+    for arch in args.archs[: 1 if args.quick else None]:
         size, on_cpu = SIZES[arch], args.device == "cpu"
         p = args.p or (8 if on_cpu and arch == "resnet50" else 16)
         steps = args.steps or (STEPS[arch] if on_cpu else 100)
-        size, p, steps, repeats = ((32, 16), 2, 2, 1) if args.quick else (size, p, steps, args.repeats)
+        size, p, steps, repeats = ((64, 32), 2, 2, 1) if args.quick else (size, p, steps, args.repeats)
         for precision in args.precisions:
             for compiled in [False, True] if args.compile else [False]:
                 jobs.append(Job(arch, *size, precision, compiled, args.device, p, steps, repeats, args.workers))
