@@ -162,6 +162,10 @@ def everything(folder, data):
     mine = images_of.batches(order, 0, 1, distributed.share(6))
     found["pixels"] = torch.stack([distributed.gather_rows(images, 6) for images in mine])
     found["agreed"] = distributed.largest(10 + number)
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(number)
+    distributed.average_buffers(norm)
+    found["averaged"] = norm.running_mean
     with small_models():
         found["no share"] = main(*flags_of(folder / f"{count}", data, "--p", 5, "--k", 5))
         if count == 2:
@@ -295,7 +299,7 @@ def test_micro_batches_draw_dropout_once_and_move_statistics_once_per_part():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_shares_of_scoring_and_of_a_batch(several, count, tiny_market):
+def test_shares_of_scoring_and_of_a_batch_and_means_of_statistics(several, count, tiny_market):
     """18, 7, as many images as processes, and one: embeddings in order; metrics; pixels of a batch."""
     records = market1501(tiny_market, check_counts=False).query
     torch.manual_seed(0)
@@ -310,6 +314,7 @@ def test_shares_of_scoring_and_of_a_batch(several, count, tiny_market):
             assert metrics == (pytest.approx(wanted, abs=1e-5) if position % 2 else wanted)
         assert torch.equal(found["pixels"], pixels)
         assert found["agreed"] == 10 + count - 1
+        assert found["averaged"].tolist() == [(count - 1) / 2] * 2
     features = random_features(10)
     assert scores()[0] == rank_metrics(*features[:6]) and 0 < scores()[0]["mAP"] < 1
 
