@@ -80,22 +80,25 @@ def test_embed_a_folder_and_a_csv_file(run, tiny_market, tmp_path, capsys):
 
 
 def test_only_new_and_changed_images_are_embedded(run, tiny_market, tmp_path, monkeypatch):
-    photos = Path(shutil.copytree(tiny_market / "query", tmp_path / "photos"))
-    paths, asked = sorted(photos.iterdir()), []
+    photos, asked = tmp_path / "photos", []
+    photos.mkdir()
+    for path in (tiny_market / "query").iterdir():
+        Image.open(path).save(photos / f"{path.stem}.bmp")  # all of one size
+    paths = sorted(photos.iterdir())
     opened = embedding.open_run(run, "cpu", 1)
     real = embedding.embed_paths
     monkeypatch.setattr(embedding, "embed_paths", lambda run, new, *a: asked.append(list(new)) or real(run, new, *a))
     monkeypatch.setattr(embedding, "CHUNK", 5)
     first = embedding.embed_kept(opened, paths)[:]
     assert [path for chunk in asked for path in chunk] == paths and max(map(len, asked)) == 5
-    shutil.copy(paths[1], paths[0])  # another size or time
-    os.utime(paths[0], ns=(1, 1))
-    paths[2].rename(photos / "new.png")
+    shutil.copy(paths[1], paths[0])
+    os.utime(paths[0], ns=(1, 1))  # another time of change, the same size
+    paths[2].rename(photos / "new.bmp")
     asked.clear()
     again = embedding.embed_kept(opened, sorted(photos.iterdir(), reverse=True))
-    assert asked == [[photos / "new.png", paths[0]]]
+    assert asked == [[photos / "new.bmp", paths[0]]]
     found = dict(zip(again.paths, again[:], strict=True))
-    assert (found[paths[0]] == first[1]).all() and (found[photos / "new.png"] == first[2]).all()
+    assert (found[paths[0]] == first[1]).all() and (found[photos / "new.bmp"] == first[2]).all()
     assert all((found[path] == row).all() for path, row in list(zip(paths, first, strict=True))[3:])
 
 

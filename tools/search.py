@@ -20,7 +20,7 @@ from utils.files import write_atomically
 from utils.flags import number
 from utils.verification import similarities
 
-BLOCK = 8192  # gallery images compared at a time
+BLOCK = 2048  # gallery images compared at a time
 
 
 def search(run: Run, query: Tensor, own: list[Path], gallery: Kept, top: int) -> tuple[Tensor, Tensor]:
