@@ -231,7 +231,8 @@ def test_machines_that_share_the_work(share):
     """Each run belongs to exactly one of them, and their numbers differ by one at most."""
     settings = {"DATASETS": "market duke", "SEEDS": "0 1", "LOSSES": "all"}
     parts = [planned(**settings, SHARE=f"{part}/{share}") for part in range(1, share + 1)]
-    assert sorted(name for part in parts for name in part) == sorted(planned(**settings))
+    wanted = [f"{dataset}_{row}_s{seed}" for dataset in ("market", "duke") for row in ROWS for seed in (0, 1)]
+    assert sorted(name for part in parts for name in part) == sorted(planned(**settings)) == sorted(wanted)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
