@@ -947,8 +947,8 @@ def test_workers_cache_and_threads_change_no_batch(whole, tmp_path, monkeypatch)
     batches = train.TrainingImages.batches
     seen = []
 
-    def recorded(self, *which):
-        for images in batches(self, *which):
+    def recorded(self, *args, **settings):
+        for images in batches(self, *args, **settings):
             seen.append(images.clone())
             yield images
 

@@ -46,7 +46,10 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 50))
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ["rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP", "num_queries"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is not the complete data set")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* is not the complete data set"),
+    pytest.mark.filterwarnings("ignore:Casting complex values to real"),
+]
 fuzz = settings(
     max_examples=EXAMPLES, deadline=None, derandomize="FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

@@ -60,7 +60,6 @@ def add_losses(folder, sources, keys=None):
     keys: name -> key in LOSSES where it is not the name; None: no lines."""
     shutil.copytree(ROOT / "losses", folder / "losses", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests").mkdir()
-    (folder / "tests" / "conftest.py").write_text("import torch\n\ntorch.set_num_threads(1)\n")
     for name in ("test_losses.py", "test_loss_files.py"):
         shutil.copy(ROOT / "tests" / name, folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", folder)

@@ -200,7 +200,7 @@ def test_scoring_may_be_asked_for_otherwise_on_resume(tmp_path, monkeypatch):
     run("--dataset", "market", "--data-dir", root, "--run-dir", tmp_path / "run")
     first = load(tmp_path / "run/result.json")
     (tmp_path / "run/result.json").unlink()
-    monkeypatch.setattr(train, "backward_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "backward_step", lambda *_, **__: pytest.fail("trained again"))
     train.main(["--resume", "--run-dir", str(tmp_path / "run"), "--ignore-cameras", "--metric", "euclidean"])
     second = load(tmp_path / "run/result.json")
     assert second["args"]["ignore_cameras"] and second["args"]["metric"] == "euclidean"
