@@ -72,7 +72,7 @@ def training_loop(args: dict, paths: list[Path], steps: int, device: torch.devic
     def loop() -> None:
         for images in images_of.batches(order, seed=0, epoch=0):
             optimizer.zero_grad(set_to_none=True)
-            backward_step(model.train(), loss_fn, images, labels, args["amp"])
+            backward_step(model.train(), loss_fn, images, labels, amp=args["amp"])
             optimizer.step()
 
     return loop

@@ -61,7 +61,7 @@ def test_a_run_from_images_to_metrics(flags, tmp_path, capsys):
 
     evaluate.main(["--run", str(folder)])  # the same network, the same numbers
     assert json.loads((folder / "evaluation_market_cosine.json").read_text()) == {
-        **{key: result[key] for key in METRICS}, "metric": "cosine", "ignore_cameras": False
+        **{key: result[key] for key in METRICS}, "metric": "cosine", "ignore_cameras": False, "flip_test": False
     }  # fmt: skip
 
 
