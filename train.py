@@ -35,7 +35,18 @@ from utils.checkpoint import check_writable, locked, resume_run, save_checkpoint
 from utils.environment import change_of, check_bfloat16, digest_of_names, environment, find_device
 from utils.errors import UserError, user_input
 from utils.files import load_json, save_json
-from utils.flags import FREE, SCORING, build_parser, count_steps, new_run, resumed_run, run_name, show_flags
+from utils.flags import (
+    FREE,
+    SCORING,
+    build_parser,
+    command_line,
+    count_steps,
+    load_args,
+    new_run,
+    resumed_run,
+    run_name,
+    show_flags,
+)
 from utils.seed import seed_everything, set_backends
 from utils.tensorboard import open_board
 
@@ -120,6 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     distributed.check_same("the set of flags", {key: args[key] for key in args.keys() - {*FREE, "explicit"}})
     if (run_dir / "result.json").is_file():
         print(metrics_table(load_json(run_dir / "result.json", METRICS), f"{run_dir.name} (finished)"))
+        otherwise = command_line({key: args[key] for key in SCORING if args[key] != load_args(run_dir)[key]})
+        if otherwise:
+            print(f"to score it otherwise: python evaluate.py --run {run_dir} {otherwise}")
         return
     row = row_name(args["loss"])
     device = find_device(distributed.own_device(args["device"]))

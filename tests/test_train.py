@@ -173,6 +173,18 @@ def test_resume_refuses_a_contradicting_flag(small_network, flags, tmp_path, cap
     run("--resume", "--run-dir", tmp_path / "run", "--workers", 2)  # changes no number: test_faults.py tries them all
 
 
+def test_a_finished_run_says_how_to_score_it_otherwise(small_network, flags, tmp_path, capsys):
+    run("--loss", "softmax", "--epochs", 0, *flags)
+    assert "otherwise" not in capsys.readouterr().out
+    run("--resume", "--run-dir", tmp_path / "run", "--metric", "euclidean", "--ignore-cameras")
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown == (
+        f"to score it otherwise: python evaluate.py --run {tmp_path / 'run'} --metric euclidean --ignore-cameras"
+    )
+    evaluate.main(shown.split()[6:])
+    assert (tmp_path / "run" / "evaluation_market_euclidean_ignore-cameras.json").exists()
+
+
 def test_an_existing_run_folder_stops_the_script(small_network, flags, tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="exists: go on with it"):
