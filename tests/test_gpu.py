@@ -206,15 +206,15 @@ def test_training_says_in_one_sentence_that_memory_ran_out(cuda, train_flags):
 # ------------------------------------------------------------------------------------------------------ images, network
 
 
-@pytest.mark.parametrize("random_crop", [False, True])
-def test_images_are_the_same_wherever_they_are_kept(cuda, tiny_market, monkeypatch, random_crop):
+@pytest.mark.parametrize("how", [{}, {"random_crop": True}, {"pad_crop": 20, "random_erasing": 0.5}])
+def test_images_are_the_same_wherever_they_are_kept(cuda, tiny_market, monkeypatch, how):
     paths = sorted((tiny_market / "bounding_box_train").glob("*.png"))
     order = torch.randperm(54, generator=torch.Generator().manual_seed(0))[:48].view(6, 8)
 
     def pixels(device, room, cache="auto"):
         with monkeypatch.context() as patch:
             patch.setattr("data.images.available_memory", lambda place: room[place.type])
-            images_of = TrainingImages(paths, 48, 24, device, random_crop, cache, workers=3)
+            images_of = TrainingImages(paths, 48, 24, device, cache=cache, workers=3, **how)
         return images_of.where, torch.stack(list(images_of.batches(order, seed=1, epoch=2))).cpu()
 
     plenty = 2**40
@@ -292,6 +292,16 @@ def test_amp_and_channels_last_reach_the_network(train_flags, tmp_path, monkeypa
     train.main(train_flags("run", "--loss", "arcface", "--epochs", 1, "--amp"))
     assert seen == {(torch.bfloat16, True, True), (torch.bfloat16, True, False)}  # training, then scoring
     assert all(value.isfinite().all() for value in read_state(tmp_path / "run").values())
+
+
+def test_all_tricks_train_and_are_scored_the_same_later(train_flags, tmp_path):
+    train.main(train_flags("run", "--loss", "softmax", "--epochs", 2, "--recipe", "tricks", "--amp"))
+    state = read_state(tmp_path / "run")
+    assert all(value.isfinite().all() for value in state.values()) and "fc.neck.weight" in state
+    evaluate.main(["--run", str(tmp_path / "run")])
+    (again,) = (tmp_path / "run").glob("evaluation_*flip-test.json")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert json.loads(again.read_text())["mAP"] == pytest.approx(result["mAP"], abs=5e-3)  # cuDNN may choose anew
 
 
 def test_a_killed_run_goes_on_bit_for_bit_with_deterministic(train_flags, tmp_path):

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import small_models
 from PIL import Image
 
 import train
 from data.images import normalise, stream_images
 from evaluate import load_run
-from models import ARCHS, build_model
+from models import build_model
 from tools import compare, embed, embedding, export, search, show
 from utils.errors import UserError
 from utils.ranking import rank_queries
@@ -355,22 +356,49 @@ def test_a_page_that_would_be_too_large_shows_fewer_queries(runs):
     assert len(less["images"]) < len(whole["images"])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_activation_maps_of_every_arch(arch, tiny_market):
-    """The length of the feature map's vectors; averaging the map gives the embedding."""
-    model = build_model(arch).eval()
-    settings = {"height": 64, "width": 32, "amp": False, "device": torch.device("cpu"), "workers": 0}
-    run = embedding.Run(Path("x"), model, {"arch": arch}, settings)
+def maps_of(model, tiny_market, height, width):
+    settings = {"height": height, "width": width, "amp": False, "device": torch.device("cpu"), "workers": 0}
     paths = sorted(map(str, (tiny_market / "query").iterdir()))[:2]
-    maps = show.activation_maps(run, paths)
-    (images,) = stream_images([Path(path) for path in paths], 64, 32, torch.device("cpu"), 2, 0)
+    maps = show.activation_maps(embedding.Run(Path("x"), model, {}, settings), paths)
+    (images,) = stream_images([Path(path) for path in paths], height, width, torch.device("cpu"), 2, 0)
+    return maps, images
+
+
+def stretched(lengths):
+    lengths = lengths - lengths.amin((1, 2), keepdim=True)
+    return 255 * lengths / lengths.amax((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize("arch, last", [("resnet18", "layer4"), ("mobilenet_v2", "features"), ("swin_t", "permute"),
+                                        ("regnet_y_400mf", "trunk_output"), ("resnet18 gem", "layer4")])  # fmt: skip
+def test_activation_maps(arch, last, tiny_market):
+    """The length of the feature map's vectors; averaging the map gives the embedding, but for GeM."""
+    model = build_model(arch.split()[0], pool="gem" if "gem" in arch else "avg").eval()
+    maps, images = maps_of(model, tiny_market, 64, 32)
+    found = []
+    model.get_submodule(last).register_forward_hook(lambda *hook: found.append(hook[2]))
     with torch.inference_mode():
-        features = model[:-1](images)
-        torch.testing.assert_close(features.mean((2, 3)), model(images))
-    lengths = features.square().sum(1).sqrt()
-    lengths -= lengths.amin((1, 2), keepdim=True)
-    assert maps.shape == lengths.shape and maps.dtype == np.uint8 and (maps.max((1, 2)) == 255).all()
-    np.testing.assert_allclose(maps, 255 * lengths / lengths.amax((1, 2), keepdim=True), atol=0.51)
+        embeddings = model(images)
+    if "gem" not in arch:
+        torch.testing.assert_close(found[0].mean((2, 3)), embeddings)
+    assert maps.dtype == np.uint8
+    np.testing.assert_allclose(maps, stretched(found[0].square().sum(1).sqrt()), atol=0.51)
+
+
+def test_activation_maps_of_a_vision_transformer(tiny_market, monkeypatch):
+    """A small one. At each place the length of the last token there, the class token's left out."""
+    small = torchvision.models.VisionTransformer(224, 16, 2, 4, 64, 128)
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: small)
+    model = build_model("vit_b_16", height=64, width=32).eval()
+    with torch.no_grad():
+        model.encoder.ln.weight.uniform_(0.5, 2)  # as it is made, it gives all tokens one length
+    maps, images = maps_of(model, tiny_market, 64, 32)
+    found = []
+    model.encoder.register_forward_hook(lambda *hook: found.append(hook[2]))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), found[0][:, 0])
+    lengths = found[0][:, 1:].square().sum(2).sqrt().view(2, 4, 2)
+    np.testing.assert_allclose(maps, stretched(lengths), atol=0.51)
 
 
 def test_two_runs_of_different_tests_are_refused(runs, tmp_path, tiny_market):
