@@ -263,8 +263,8 @@ def main(argv: list[str] | None = None) -> None:
                     for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
                         group["lr"] = rate * factor
                     optimizer.zero_grad(set_to_none=True)
-                    how = {"micro_batches": args["micro_batches"], "amp": args["amp"]}
-                    loss_sum += backward_step(forward, whole_loss, images, labels[step], **how)
+                    loss = backward_step(forward, whole_loss, images, labels[step], args["micro_batches"], args["amp"])
+                    loss_sum += loss
                     optimizer.step()
                     if (step + 1) % LOG_EVERY == 0 or step + 1 == len(order):  # only here it waits for the device
                         mean = loss_sum.item() / (step + 1)

@@ -237,8 +237,10 @@ class TrainingImages:
             generator = torch.Generator().manual_seed(mix_seed(seed, epoch, which))
             return torch.rand(*order.shape, count, generator=generator)[:, rows]  # (steps, B, count)
 
-        plain, places = draw(1, 4).to(self.device), draw(2, 2).to(self.device)
-        boxes = erasing_boxes(draw(3, 3 + 2 * ATTEMPTS), self.erasing, *self.sizes[0]).to(self.device)  # (steps, B, 4)
+        plain = draw(1, 4).to(self.device)
+        places = draw(2, 2).to(self.device) if self.border else None
+        if self.erasing:  # (steps, B, 4)
+            boxes = erasing_boxes(draw(3, 3 + 2 * ATTEMPTS), self.erasing, *self.sizes[0]).to(self.device)
         for step, (images, *enlarged) in enumerate(self._raw_batches(order[:, rows])):
             if enlarged:
                 images = random_crop(images, enlarged[0], plain[step, :, 1:])

@@ -12,6 +12,7 @@ The files of a folder are memory-mapped: a gallery larger than the memory is rea
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +21,18 @@ import torch
 
 from utils.errors import UserError
 
+Array = np.ndarray | torch.Tensor  # from a file; as embedded
+
 
 class Features(NamedTuple):
-    query: np.ndarray  # (Q, D)
-    query_pids: np.ndarray  # (Q,)
-    query_camids: np.ndarray | None  # (Q,)
-    gallery: np.ndarray  # (G, D)
-    gallery_pids: np.ndarray  # (G,)
-    gallery_camids: np.ndarray | None  # (G,)
-    query_paths: np.ndarray | None = None  # (Q,) text
-    gallery_paths: np.ndarray | None = None  # (G,) text
+    query: Array  # (Q, D)
+    query_pids: Array  # (Q,)
+    query_camids: Array | None  # (Q,)
+    gallery: Array  # (G, D)
+    gallery_pids: Array  # (G,)
+    gallery_camids: Array | None  # (G,)
+    query_paths: Sequence[str] | np.ndarray | None = None  # (Q,)
+    gallery_paths: Sequence[str] | np.ndarray | None = None  # (G,)
 
 
 PATHS = ("query_paths", "gallery_paths")
