@@ -120,11 +120,14 @@ def test_new_draws_leave_the_old_pixels_alone(paths):
 
 
 def test_each_kind_of_draw_has_a_generator_of_its_own(paths, monkeypatch):
-    """By (seed, epoch, kind): two kinds that shared one would agree on which images they change."""
-    used = []
+    """By (seed, epoch, kind), for the kinds that are on: two that shared one would agree on which images they change."""
+    used, order = [], torch.arange(12).view(1, 12)
     monkeypatch.setattr(images, "mix_seed", lambda *numbers: used.append(numbers) or 0)
-    list(TrainingImages(paths, 64, 32, CPU).batches(torch.arange(12).view(1, 12), seed=5, epoch=2))
+    list(TrainingImages(paths, 64, 32, CPU, pad_crop=10, random_erasing=0.5).batches(order, seed=5, epoch=2))
     assert used == [(5, 2, 1), (5, 2, 2), (5, 2, 3)]
+    used.clear()
+    list(TrainingImages(paths, 64, 32, CPU).batches(order, seed=5, epoch=2))
+    assert used == [(5, 2, 1)]
 
 
 def test_the_border_scales_with_the_height(paths):
