@@ -120,7 +120,7 @@ def test_new_draws_leave_the_old_pixels_alone(paths):
 
 
 def test_each_kind_of_draw_has_a_generator_of_its_own(paths, monkeypatch):
-    """By (seed, epoch, kind), for the kinds that are on: two that shared one would agree on which images they change."""
+    """By (seed, epoch, kind), for the kinds that are on: two that shared one would agree on what they change."""
     used, order = [], torch.arange(12).view(1, 12)
     monkeypatch.setattr(images, "mix_seed", lambda *numbers: used.append(numbers) or 0)
     list(TrainingImages(paths, 64, 32, CPU, pad_crop=10, random_erasing=0.5).batches(order, seed=5, epoch=2))
