@@ -54,7 +54,7 @@ from data.synthetic import generate  # noqa: E402
 from losses import LOSSES, ROWS, build_loss  # noqa: E402
 from utils.ranking import average, rank_metrics, rank_queries_from_distance  # noqa: E402
 from utils.reranking import rerank  # noqa: E402
-from utils.results import collect  # noqa: E402
+from utils.runs import collect  # noqa: E402
 from utils.seed import set_backends  # noqa: E402
 
 # Shares of the time; in seconds, what each took on an H100 or a little more: the test of --compile alone takes half a

@@ -34,7 +34,7 @@ from utils.features import Features
 from utils.flags import DEFAULTS, new_run
 from utils.plan import commands
 from utils.ranking import rank_metrics
-from utils.results import describe
+from utils.runs import describe
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Market-1501 in"), pytest.mark.filterwarnings("ignore:Named tensors")]
 ROOT = Path(__file__).resolve().parent.parent

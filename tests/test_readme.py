@@ -18,6 +18,7 @@ import train
 from losses import ROWS
 from utils import plan, results
 from utils.flags import build_parser, new_run
+from utils.runs import describe, load_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -141,9 +142,9 @@ def test_a_readme_shows_the_runs_in_results(name, options, tmp_path):
 
 def test_the_numbers_of_the_findings():
     """Each as the sentence gives it, worked out from the runs."""
-    groups, plain = results.load_groups(ROOT / "results"), {"loss": "softmax", "dataset": "synthetic"}
+    groups, plain = load_groups(ROOT / "results"), {"loss": "softmax", "dataset": "synthetic"}
     settings = ({}, {"recipe": "published", "micro_batches": 1}, {"synthetic_ids": 751, "amp": True})
-    controlled, published, large = (groups[results.describe(new_run({**plain, **flags}))] for flags in settings)
+    controlled, published, large = (groups[describe(new_run({**plain, **flags}))] for flags in settings)
     found = " ".join(RESULTS.partition("## What was found")[2].split())
     first = {loss: seeds[0] for loss, seeds in published.items()}
     change = {loss: 100 * (first[loss]["mAP"] - controlled[loss][0]["mAP"]) for loss in first}

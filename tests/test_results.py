@@ -15,6 +15,7 @@ from data import reader_options
 from losses import TWELVE, row_name
 from utils import figure, results
 from utils.flags import DEFAULTS, FREE, build_parser, count_steps, new_run
+from utils.runs import collect, compact, describe, load_groups, own_flags
 from utils.statistics import holm, interval, paired_p
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,12 +44,12 @@ def save(folder, *runs):
     """The runs as files FOLDER/runs/NAME.json."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs):
-        (folder / "runs" / f"{number:03}.json").write_text(json.dumps(results.compact(run)))
+        (folder / "runs" / f"{number:03}.json").write_text(json.dumps(compact(run)))
     return folder
 
 
 def groups_of(folder, *runs):
-    return results.load_groups(save(folder, *runs))
+    return load_groups(save(folder, *runs))
 
 
 def one_group(folder, *runs):
@@ -239,7 +240,7 @@ def test_losses_that_are_not_told_apart_are_not_called_equal(tmp_path):
     """Differences 0.01, -0.01, 0.02: t = 0.00667 / (0.01528 / sqrt(3)) = 0.756, p = 1 - t / sqrt(t^2 + 2) = 0.529."""
     text = table_of(tmp_path, *seeds_of("softmax", (0.50, 0.52, 0.50)), *seeds_of("arcface", (0.51, 0.51, 0.52)))
     assert cells(text)["softmax"]["mAP against the highest"] == "not shown to be lower, p = 0.529"
-    whole = results.markdown(results.load_groups(tmp_path))
+    whole = results.markdown(load_groups(tmp_path))
     assert '"not shown to be lower" is no proof of being equal' in whole
     assert "The highest of several means is chosen by the same seeds that it is tested with" in whole
 
@@ -281,7 +282,7 @@ def test_an_incomplete_copy_is_named_and_stands_beside_no_published_number(tmp_p
     assert whole.startswith("**Market-1501, ") and duke.startswith("**DukeMTMC-reID, ")
     assert all("published mAP" in cells(text)["softmax"] for text in (whole, duke))
     save(tmp_path / "other", result(dataset="market", titles=titles))
-    text = results.markdown(results.load_groups(tmp_path / "other"))
+    text = results.markdown(load_groups(tmp_path / "other"))
     assert "**Market-1501 and DukeMTMC-reID**" in text  # the complete ones were not run
 
 
@@ -354,7 +355,7 @@ def test_every_number_and_switch_makes_a_group_unless_it_changes_no_number(key):
     """Also one that is new: its value is made up here."""
     args = result()["args"]
     value = not args[key] if isinstance(args[key], bool) else args[key] * 1.5 + 1
-    own = results.own_flags({**args, key: type(args[key])(value)})
+    own = own_flags({**args, key: type(args[key])(value)})
     assert (key in own) == (key not in (*FREE, "seed"))
 
 
@@ -385,8 +386,8 @@ def test_milestones_that_follow_from_other_epochs_are_the_recipes_own(tmp_path):
     for recipe, milestones in [("published", [20, 40]), ("controlled", [4, 8])]:
         run = result(dataset="market", recipe=recipe, epochs=12)
         assert run["args"]["milestones"] == milestones
-        assert results.own_flags(run["args"]) == {"epochs": 12}
-        assert "--milestones" not in results.describe(run["args"])
+        assert own_flags(run["args"]) == {"epochs": 12}
+        assert "--milestones" not in describe(run["args"])
 
 
 def test_a_number_by_steps_is_no_setting_of_its_own(tmp_path):
@@ -416,11 +417,11 @@ def test_checked_in_runs_and_new_plain_ones_share_a_cell(tmp_path):
 
 
 def test_the_setting_in_words():
-    assert results.describe(result(lr=0.1, amp=True)["args"]) == (
+    assert describe(result(lr=0.1, amp=True)["args"]) == (
         "synthetic, 150 + 150 people, controlled recipe, resnet18, from scratch, 128x64, 5 epochs, bfloat16, --lr 0.1"
     )
     run = result(dataset="market", eval_on="val", compile=True, tf32=False)
-    assert results.describe(run["args"]) == (
+    assert describe(run["args"]) == (
         "Market-1501, scored on held-out training identities, controlled recipe, resnet50, ImageNet weights, 256x128, "
         "60 epochs, --no-tf32, --compile"
     )
@@ -460,7 +461,7 @@ def test_collected_runs_are_small_and_name_no_machine(tmp_path):
     for line in run["log"]:
         line |= {key: 0.123456789 for key in ("rank1", "rank5", "mAP", "mINP")}
     (run_dir / "result.json").write_text(json.dumps(run))
-    path = results.collect(run_dir, tmp_path / "results")
+    path = collect(run_dir, tmp_path / "results")
     assert path == tmp_path / "results/runs/market_softmax_s0.json" and path.stat().st_size < 10_000
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file
     kept = json.loads(path.read_text())
@@ -470,18 +471,18 @@ def test_collected_runs_are_small_and_name_no_machine(tmp_path):
     assert (kept["mAP"], kept["rank20"], kept["num_queries"], kept["row"]) == (0.5, 0.95, 600, "softmax")
     assert kept["seconds"] == pytest.approx(60.0) and len(kept["log"]) == 60
     assert kept["log"][2] == {"epoch": 3, "loss": 1.3333, "rank1": 0.1235, "mAP": 0.1235}
-    assert results.compact(kept) == kept
+    assert compact(kept) == kept
 
 
 def test_an_unfinished_run_is_not_collected(tmp_path):
     with pytest.raises(ValueError, match="only a finished run"):
-        results.collect(tmp_path, tmp_path / "results")
+        collect(tmp_path, tmp_path / "results")
 
 
 def test_run_folders_are_read_as_they_are(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/result.json").write_text(json.dumps(result()))
-    assert len(results.load_groups(tmp_path)) == 1
+    assert len(load_groups(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -504,14 +505,14 @@ def test_broken_files_are_named(tmp_path, change, message):
     path = tmp_path / "runs/broken.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"broken.json.*{message}.*: remove it") as caught:
-        results.load_groups(tmp_path)
+        load_groups(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_folders_without_runs(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match="holds no finished runs"):
-            results.load_groups(folder)
+            load_groups(folder)
 
 
 def test_update_replaces_what_is_between_the_markers(tmp_path):
@@ -542,7 +543,7 @@ def test_csv_holds_the_same_numbers(tmp_path):
 
 def test_command_line_writes_what_is_asked_for(tmp_path, capsys):
     folder = save(tmp_path, result())
-    text = results.markdown(results.load_groups(folder))
+    text = results.markdown(load_groups(folder))
     results.main([str(folder)])
     assert capsys.readouterr().out.strip() == text.strip()
     (tmp_path / "README.md").write_text(f"{results.BEGIN}\n{results.END}\n")
@@ -615,7 +616,7 @@ def test_checked_in_runs_are_compact_and_can_be_repeated():
     """Their command, typed today, gives the flags that they were run with: no recipe has changed since."""
     for path in checked_in():
         run = json.loads(path.read_text(encoding="utf-8"))
-        assert path.stat().st_size < 10_000 and results.compact(run) == run, path
+        assert path.stat().st_size < 10_000 and compact(run) == run, path
         assert not any(re.match(r"(/|[A-Za-z]:\\)", text) for text in strings(run)), path
         args = {**DEFAULTS, **run["args"]}
         again = new_run(vars(build_parser().parse_args(shlex.split(results.command(args))[2:])))

@@ -11,7 +11,8 @@ from pathlib import Path
 from losses import ROWS
 from utils.errors import UserError
 from utils.files import write_atomically
-from utils.results import Groups, load_groups, summarise
+from utils.results import summarise
+from utils.runs import Groups, load_groups
 
 
 def draw(groups: Groups, path: Path) -> None:

@@ -19,7 +19,8 @@ from data import load_dataset
 from losses import ROWS, TWELVE
 from utils.errors import UserError
 from utils.flags import build_parser, command_line, new_run, run_name
-from utils.results import duration, own_flags, read_run
+from utils.results import duration
+from utils.runs import own_flags, read_run
 
 SET_BY = {"loss": "LOSSES", "dataset": "DATASETS", "seed": "SEEDS", "data_dir": "DATA_DIR"}
 # without a finished run to go by, a training is assumed to take this long

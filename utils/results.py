@@ -18,16 +18,16 @@ later losses against the same one, with a correction of their own.
 import argparse
 import csv
 import io
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from losses import ROWS, row_name
+from losses import ROWS
 from utils.errors import UserError
-from utils.files import load_json, write_text
-from utils.flags import DEFAULTS, FREE, command_line, new_run
+from utils.files import write_text
+from utils.flags import new_run
+from utils.runs import NAMES, Groups, collect, command, describe, load_groups
 from utils.statistics import LEVEL, holm, interval, paired_p
 
 # Rank-1 and mAP in percent of "Person re-identification based on deep metric learning": one run per cell.
@@ -45,129 +45,8 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "cosface": {"market": (84.9, 65.1), "duke": (75.0, 54.7)},
     "arcface": {"market": (85.1, 65.0), "duke": (75.2, 54.3)},
 }
-NAMES = {"market": "Market-1501", "duke": "DukeMTMC-reID"}
 NOT_RUN = "not run"
 BEGIN, END = "<!-- results -->", "<!-- end -->"
-LOCAL = ("data_dir", "run_dir", "val_pids", "notes")  # what belongs to one machine: never collected
-
-Groups = dict[str, dict[str, dict[int, dict]]]  # setting -> row -> seed -> run
-
-
-# ------------------------------------------------------------------------------------------------------- files to runs
-
-
-def compact(result: dict) -> dict:
-    """A result.json without what belongs to one machine, and with the log in short; of a compact one, the same again.
-
-    Keeps metrics, row, all flags ("explicit" and "environment" among them) and per epoch the loss and, where the run
-    was scored, rank1 and mAP. `seconds` is the time of all training epochs, without decoding and scoring.
-    """
-
-    def portable(flags: dict) -> dict:
-        flags = {key: value for key, value in flags.items() if key not in LOCAL}
-        if "weights" in flags:  # a file: its name without the way to it
-            flags["weights"] = flags["weights"].replace("\\", "/").rpartition("/")[2]
-        return flags
-
-    args = portable(result["args"])
-    args["explicit"] = portable(args["explicit"])
-    seconds = result["seconds"] if "seconds" in result else round(sum(line["seconds"] for line in result["log"]), 1)
-    log = []
-    for line in result["log"]:
-        scores = {key: round(line[key], 4) for key in ("rank1", "mAP") if key in line}
-        log.append({"epoch": line["epoch"], "loss": float(f"{line['loss']:.5g}"), **scores})
-    metrics = {key: value for key, value in result.items() if key not in ("row", "seconds", "args", "log")}
-    return {**metrics, "row": result["row"], "seconds": seconds, "args": args, "log": log}
-
-
-def read_run(path: Path) -> dict:
-    """A finished run's JSON in its compact form, flags that it lacks with their defaults. UserError if it is none."""
-    try:
-        run = compact(json.loads(path.read_text(encoding="utf-8")))
-        run["args"] = {**DEFAULTS, **run["args"]}
-        if not all(isinstance(run.get(key), float) for key in ("rank1", "mAP")):
-            raise KeyError("rank1 or mAP")
-        row_name(run["args"]["loss"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as a run ({error}): remove it, or collect the run again") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not the result of a finished run ({error!r}): remove it") from None
-    return run
-
-
-def collect(run_dir: Path, folder: Path) -> Path:
-    """Writes folder/runs/NAME.json, the compact form of run_dir/result.json (NAME: the run folder's name)."""
-    if not (run_dir / "result.json").is_file():
-        raise UserError(f"{run_dir} has no result.json: only a finished run can be collected")
-    read_run(run_dir / "result.json")  # is it one?
-    run = compact(load_json(run_dir / "result.json"))
-    path = folder / "runs" / f"{run_dir.resolve().name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in run.items()]
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    return path
-
-
-def load_groups(folder: Path) -> Groups:
-    """All runs of a folder. Of two that agree in every flag one is left out, and said on stderr."""
-    paths = sorted(folder.glob("runs/*.json")) or sorted(folder.glob("*/result.json"))
-    if not paths:
-        raise UserError(f"{folder} holds no finished runs (*/result.json or runs/*.json): train some first")
-    groups: Groups = {}
-    sources = {}
-    for path in paths:
-        run = read_run(path)
-        setting, row, seed = describe(run["args"]), run["row"], run["args"]["seed"]
-        cell = groups.setdefault(setting, {}).setdefault(row, {})
-        if seed in cell:
-            print(f"{path} is left out: the same run as {sources[setting, row, seed]}", file=sys.stderr)
-        else:
-            cell[seed], sources[setting, row, seed] = run, path
-    return dict(sorted(groups.items(), key=lambda group: order_of(group[1])))
-
-
-def own_flags(args: dict) -> dict:
-    """The flags of a run in which it differs from what its recipe gives this loss on this data set."""
-    given = {"loss": row_name(args["loss"]), "dataset": args["dataset"], "recipe": args["recipe"]}
-    plain = new_run(given)
-    for key in DEFAULTS:  # in an order in which what follows from others (milestones from epochs, ...) comes after them
-        if key not in (*FREE, "recipe", "seed") and args[key] != plain[key]:
-            given[key] = args[key]
-            plain = new_run(given)
-    own = {key: value for key, value in given.items() if key not in ("loss", "dataset", "recipe")}
-    if args["loss"] != plain["loss"]:
-        own = {"loss": args["loss"], **own}
-    explicit = args["explicit"].get("loss_args", [])
-    by_steps = {key for key in plain["loss_args_by_steps"] if not any(pair.startswith(f"{key}=") for pair in explicit)}
-    pairs = [pair for pair in args["loss_args"] if pair.partition("=")[0] not in by_steps]
-    if sorted(pairs) != sorted(plain["loss_args"]):
-        own["loss_args"] = [pair for pair in pairs if pair not in plain["loss_args"]] or ["other"]
-    return own
-
-
-def describe(args: dict) -> str:
-    """The setting of a run in words: all that its rows have in common. Recipes may set other values for each row."""
-    own, people = own_flags(args), args["synthetic_ids"]
-    titles = {**NAMES, **args.get("titles", {})}  # what a copy was exactly: incomplete, say
-    words = [" + ".join(titles.get(name, name) for name in args["dataset"].split("+"))]
-    words += [f"{people} + {people} people"] if args["dataset"] == "synthetic" else []
-    words += ["scored on held-out training identities"] if args["eval_on"] == "val" else []
-    words += [f"{args['recipe']} recipe", args["arch"]]
-    words += [{"none": "from scratch", "imagenet": "ImageNet weights"}.get(args["weights"], args["weights"])]
-    words += [f"{args['height']}x{args['width']}", f"{args['epochs']} epochs"]
-    words += ["bfloat16"] if args["amp"] else []
-    processes = args.get("environment", {}).get("processes", 1)  # each with batch-norm statistics of its own
-    words += [f"{processes} processes"] if processes > 1 else []
-    said = {"synthetic_ids", "eval_on", "arch", "weights", "height", "width", "epochs", "amp"}
-    words += [command_line({key: own[key]}) for key in own if key not in said]
-    return ", ".join(words)
-
-
-def order_of(rows: dict[str, dict[int, dict]]) -> tuple:
-    """Sort key of a group: data sets that people know first, then the recipe that compares, then the plain settings."""
-    args = next(iter(next(iter(rows.values())).values()))["args"]
-    datasets = [*NAMES, args["dataset"]]
-    return datasets.index(args["dataset"]), args["recipe"] != "controlled", len(describe(args)), describe(args)
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -231,13 +110,6 @@ def verdict(entry: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- markdown and CSV
-
-
-def command(args: dict, **changes) -> str:
-    """The command of a run, as someone else would type it; changes: words in the place of flags (loss="LOSS")."""
-    recipe = {"recipe": args["recipe"]} if args["recipe"] != DEFAULTS["recipe"] else {}
-    flags = {"loss": row_name(args["loss"]), "dataset": args["dataset"], **recipe, **own_flags(args)}
-    return f"python train.py {command_line({**flags, 'seed': args['seed'], **changes})}"
 
 
 def percent(mean: float, half: float | None) -> str:
