@@ -10,7 +10,7 @@ Steps of train.py (forward, gather, loss, backward, all-reduce, Adam) on one rea
                   Of N on one CPU no speed-up is to be expected, so the parts that only they have are timed apart: the
                   gather of the embeddings, the all-reduce of the gradients (a step with it less one without), and the
                   look at the other processes' stop signals.
-  micro-batches   one process, the same batch in 1, 4 and 16 parts, and 4 times the batch in 16: time and peak memory.
+  micro-batches   one process, the same batch in 1, 4 and 16 parts, and 4 times the batch in 1 and 16: time and memory.
 
 Medians over the steps, each run in processes of its own; memory: resident on a CPU, allocated by torch on a GPU.
 """
@@ -124,25 +124,35 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def measure_all(args: argparse.Namespace) -> dict:
+    """Both tables' rows, with what they were measured at."""
+    shared = [run(args, count, args.p, 1) for count in dict.fromkeys((1, args.processes))]
+    plans = [(args.p, 1), (args.p, 4), (args.p, 16), (4 * args.p, 1), (4 * args.p, 16)]
+    parts = [run(args, 1, p, number) for p, number in plans]
+    for row in shared[1:]:
+        row["ms"]["all-reduce"] = round(row["ms"]["step"] - row["ms"].pop("without all-reduce"), 3)
+    facts = {key: getattr(args, key) for key in ("arch", "height", "width", "amp", "threads", "steps")}
+    return {**facts, "processes": shared, "micro_batches": parts}
+
+
+def tables(result: dict) -> str:
+    headers = ["processes", "images", "step ms", "images/s", "gather ms", "all-reduce ms", "stop signals ms"]
+    shared = [[row["processes"], row["images"], row["ms"]["step"], 1000 * row["images"] / row["ms"]["step"],
+               *(row["ms"].get(key) for key in ("gather", "all-reduce", "stop signals"))]
+              for row in result["processes"]]  # fmt: skip
+    parts = [[row["images"], row["parts"], row["ms"]["step"], 1000 * row["images"] / row["ms"]["step"],
+              row["peak_memory_mib"]] for row in result["micro_batches"]]  # fmt: skip
+    second = tabulate(parts, ["images", "parts", "step ms", "images/s", "peak MiB"], floatfmt=".1f")
+    return f"{tabulate(shared, headers, floatfmt='.2f')}\n\n{second}"
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    shared = [run(args, count, args.p, 1) for count in (1, args.processes)]
-    plans = [(args.p, 1), (args.p, 4), (args.p, 16), (4 * args.p, 16)]
-    parts = [run(args, 1, p, number) for p, number in plans]
-    several = shared[1]["ms"]
-    several["all-reduce"] = round(several["step"] - several.pop("without all-reduce"), 3)
-    headers = ["processes", "images", "step ms", "images/s", "gather ms", "all-reduce ms", "stop signals ms"]
-    table = [[row["processes"], row["images"], row["ms"]["step"], 1000 * row["images"] / row["ms"]["step"],
-              *(row["ms"].get(key) for key in ("gather", "all-reduce", "stop signals"))] for row in shared]  # fmt: skip
-    print(tabulate(table, headers, floatfmt=".2f"), end="\n\n")
-    table = [[row["images"], row["parts"], row["ms"]["step"], 1000 * row["images"] / row["ms"]["step"],
-              row["peak_memory_mib"]] for row in parts]  # fmt: skip
-    print(tabulate(table, ["images", "parts", "step ms", "images/s", "peak MiB"], floatfmt=".1f"))
+    result = measure_all(args)
+    print(tables(result))
     if args.quick:
         print("\n--quick: nothing was written")
         return
-    facts = {key: getattr(args, key) for key in ("arch", "height", "width", "amp", "threads", "steps")}
-    result = {**facts, "processes": shared, "micro_batches": parts}
     print(f"\n-> {write_result('distributed', result, machine_name(args.device)).name}")
 
 

@@ -10,6 +10,7 @@
     training     images/s of real epochs of train.py beside the bare loop: precisions, decoding, compiling, checkpoints
     losses       forward + backward of each loss at 64 x 2,048, and their share of a step of ResNet-50
     reranking    k-reciprocal re-ranking at Market's size and MSMT17's
+    distributed  a step of ResNet-50 on all GPUs beside one, if there are several; micro-batches: time and memory
     comparison   every row of the results table on generated pedestrians, several trainings at a time on the one GPU
 
 Each part runs in a process of its own and gets its share of the minutes that are left; one that fails or takes longer
@@ -43,7 +44,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]  # has a losses.py, too
 
-from benchmarks import steps  # noqa: E402
+from benchmarks import distributed, steps  # noqa: E402
 from benchmarks.evaluator import SIZES, by_sort, draw, product  # noqa: E402
 from benchmarks.losses import milliseconds as in_turns  # noqa: E402
 from benchmarks.losses import one_step  # noqa: E402
@@ -60,7 +61,7 @@ from utils.seed import set_backends  # noqa: E402
 # Shares of the time; in seconds, what each took on an H100 or a little more: the test of --compile alone takes half a
 # minute, a training row 10 to 25 s, drawing 751 people 17 s and 14 trainings at a time 75 s.
 SHARES = {"check": 110, "evaluator": 40, "decoding": 25, "training": 210, "losses": 50, "reranking": 25,
-          "comparison": 300}  # fmt: skip
+          "distributed": 60, "comparison": 300}  # fmt: skip
 DEFAULT_EPOCHS = 5  # of the generated data set, whose recipe has its own milestones
 SMALL_SIZES = {"market": (40, 300, 10, 6, 30, 0.8), "msmt17": (60, 400, 20, 15, 0, 1.1)}
 GOALS = {"market": 25, "msmt17": 250}  # milliseconds, on an H100 or H200
@@ -325,6 +326,21 @@ def time_reranking(args: argparse.Namespace, write: Callable[[dict], None]) -> s
     return tabulate(lines, headers, floatfmt=("", ".0f", ".0f", ".4f", ".4f"))
 
 
+# ---------------------------------------------------------------------------------------------------------- distributed
+
+
+def time_distributed(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
+    """The rows of benchmarks/distributed.py: as many processes as there are GPUs (on a CPU two)."""
+    count = torch.cuda.device_count() if args.device.startswith("cuda") else 2
+    size = ["--quick"] if args.small else ["--arch", "resnet50", "--height", "256", "--width", "128", "--amp"]
+    result = distributed.measure_all(
+        distributed.parse_flags(["--device", args.device, "--processes", str(count), "--steps", "20", *size])
+    )
+    write(result)
+    alone = "\none GPU here: several processes are not measured" if count == 1 else ""
+    return distributed.tables(result) + alone
+
+
 # ----------------------------------------------------------------------------------------------------------- comparison
 
 
@@ -419,7 +435,7 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- main
 
 PARTS = {"check": check, "evaluator": evaluator, "decoding": decoding, "training": training, "losses": time_losses,
-         "reranking": time_reranking, "comparison": comparison}  # fmt: skip
+         "reranking": time_reranking, "distributed": time_distributed, "comparison": comparison}  # fmt: skip
 
 
 def run_part(part: str, argv: list[str], seconds: float, folder: Path) -> tuple[bool, str]:
