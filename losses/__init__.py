@@ -186,6 +186,14 @@ def describe_arguments(name: str) -> str:
     return f"{name}: {allowed or 'no arguments'}"
 
 
+def all_arguments(expression: str, loss_args: Sequence[str] = ()) -> dict[str, object]:
+    """LOSS.KEY -> value of every argument of a loss or sum: the defaults of the loss files, over them loss_args."""
+    names = [name for name, _ in parse_expression(expression)]
+    given = _parse_loss_args(names, loss_args)
+    return {f"{name}.{key}": given[name].get(key, parameter.default)
+            for name in names for key, parameter in settable_arguments(name).items()}  # fmt: skip
+
+
 def _parse_loss_args(names: list[str], loss_args: Sequence[str]) -> dict[str, dict[str, object]]:
     """Loss name -> keyword arguments, checked against the constructor signatures."""
     allowed = "allowed are " + "; ".join(describe_arguments(name) for name in names)

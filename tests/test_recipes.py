@@ -231,7 +231,9 @@ def test_show_recipe_prints_every_argument_of_the_loss(row):
 
 def test_show_recipe_by_hand():
     shown = show_flags(run_of("arcface", loss_args=["scale=30"], workers=3, amp=True))
-    assert shown.startswith("--loss arcface --dataset market --loss-args arcface.scale=30 arcface.margin=0.1 --eval-on")
+    assert shown.startswith(
+        "--loss arcface --dataset market --loss-args arcface.scale=30.0 arcface.margin=0.1 --eval-on"
+    )
     assert all(part in shown for part in ("--sampler pk --p 16 --k 4", "--amp", "--lr 0.00035 --loss-lr 0.00035"))
     assert not {"--recipe", "--compile", "--tf32", "--no-tf32"} & {*shown.split()}
     assert not {f"--{key.replace('_', '-')}" for key in FREE} & {*shown.split()}  # of this machine

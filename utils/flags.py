@@ -16,7 +16,7 @@ import torch
 
 from data import DATASETS, add_reader_flags, check_options, find_reader, reader_options
 from data.images import default_workers
-from losses import LOSSES, build_loss, describe_arguments, parse_expression, row_name, settable_arguments
+from losses import LOSSES, all_arguments, build_loss, describe_arguments, row_name
 from losses import with_default_weights as with_weights
 from models import ARCHS
 from utils.errors import UserError
@@ -236,15 +236,11 @@ def show_flags(args: dict) -> str:
 
     What depends on the number of training steps can't be typed: it follows in a line of its own.
     """
-    arguments, by_steps = {}, dict(args.get("loss_args_by_steps", {}))
-    for name, _ in parse_expression(args["loss"]):
-        arguments |= {f"{name}.{key}": str(value.default) for key, value in settable_arguments(name).items()}
-    for pair in args["loss_args"]:
-        key, _, value = pair.partition("=")
-        key = key if "." in key else f"{args['loss']}.{key}"
-        arguments[key] = value
-        by_steps.pop(key, None)  # a value that was given wins
-    pairs = [f"{key}={value}" for key, value in arguments.items() if key not in by_steps]
+    typed = {pair.partition("=")[0].rpartition(".")[2] for pair in args["loss_args"]}  # a value that was given wins
+    by_steps = {key: value for key, value in args.get("loss_args_by_steps", {}).items()
+                if key.rpartition(".")[2] not in typed}  # fmt: skip
+    pairs = [f"{key}={value!r}" for key, value in all_arguments(args["loss"], args["loss_args"]).items()
+             if key not in by_steps]  # fmt: skip
     others = [key for key, option in reader_options().items() if not {*args["dataset"].split("+")} & {*option.datasets}]
     left_out = ["recipe", "explicit", *FREE, *others, *(["p", "k"] if args["sampler"] == "random" else [])]
     keys = ["loss", "dataset", "loss_args", *(key for key in DEFAULTS if key not in left_out)]

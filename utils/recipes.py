@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         # lambda = 1000 / (1 + gamma * step) reaches lambda_min = 5 half-way: gamma = (1000 / 5 - 1) / (steps / 2)
         "sphereface": {"loss_args_by_steps": {"sphereface.lambda_gamma": 398}},
         "arcface": {"loss_args": {"arcface.margin": 0.1}},  # the margin behind the published table's row
+        "proxy_anchor": {"loss_lr": 3.5e-2},  # 100 x the network's, as the authors' proxies learn
         # Chosen by benchmarks/tune.py on held-out training identities of the generated data set, at the quick size:
         # results/tuning/synthetic.jsonl. They hold for generated pedestrians only.
         "softmax@synthetic": {"loss_lr": 0.001},
@@ -41,6 +42,22 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "sphereface@synthetic": {"loss_args": {"sphereface.lambda_min": 50.0}, "loss_lr": 0.001},
         "cosface@synthetic": {"loss_args": {"cosface.scale": 16.0, "cosface.margin": 0.1}, "loss_lr": 0.001},
         "arcface@synthetic": {"loss_args": {"arcface.scale": 16.0, "arcface.margin": 0.1}, "loss_lr": 0.001},
+        "circle@synthetic": {"loss_args": {"circle.scale": 32.0, "circle.margin": 0.25}},
+        "supcon@synthetic": {"loss_args": {"supcon.temperature": 0.07}},
+        "proxy_anchor@synthetic": {
+            "loss_args": {"proxy_anchor.scale": 32.0, "proxy_anchor.margin": 0.1},
+            "loss_lr": 0.0035,
+        },
+        "smooth_ap@synthetic": {"loss_args": {"smooth_ap.temperature": 0.01}},
+        "subcenter_arcface@synthetic": {
+            "loss_args": {"subcenter_arcface.scale": 16.0, "subcenter_arcface.margin": 0.1},
+            "loss_lr": 0.001,
+        },
+        "adasp@synthetic": {"loss_args": {"adasp.temperature": 0.04}},
+        "adaface@synthetic": {
+            "loss_args": {"adaface.scale": 16.0, "adaface.margin": 0.1, "adaface.momentum": 0.01},
+            "loss_lr": 0.001,
+        },
     },
     "published": {
         "*": {

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from losses import row_name
+from losses import all_arguments, row_name
 from utils.errors import UserError
 from utils.files import load_json, write_text
 from utils.flags import DEFAULTS, FREE, command_line, new_run
@@ -102,10 +102,9 @@ def own_flags(args: dict) -> dict:
         own = {"loss": args["loss"], **own}
     explicit = args["explicit"].get("loss_args", [])
     by_steps = {key for key in plain["loss_args_by_steps"] if not any(pair.startswith(f"{key}=") for pair in explicit)}
-    pairs = [pair for pair in args["loss_args"] if pair.partition("=")[0] not in by_steps]
-    if sorted(pairs) != sorted(plain["loss_args"]):
-        own["loss_args"] = [pair for pair in pairs if pair not in plain["loss_args"]] or ["other"]
-    return own
+    before, values = (all_arguments(flags["loss"], flags["loss_args"]) for flags in (plain, args))
+    pairs = [f"{key}={value!r}" for key, value in values.items() if key not in by_steps and value != before[key]]
+    return own | ({"loss_args": pairs} if pairs else {})
 
 
 def describe(args: dict) -> str:
