@@ -172,6 +172,8 @@ def test_the_numbers_of_the_findings():
     p_values = {entry["row"]: entry["p"] for entry in three if entry["p"] is not None}
     assert p_values.pop("npair") < 0.05 and f"{min(p_values.values()):.2f}" == "0.27"
 
+    for loss, pair in (("circle", "scale=128"), ("supcon", "temperature=0.1")):
+        large |= groups[describe(new_run({**plain, **settings[2], "loss": loss, "loss_args": [pair]}))]
     order = sorted(large, key=lambda loss: -large[loss][0]["mAP"])
     assert order[:4] == ["softmax+triplet", "triplet", "circle", "arcface"]
     for loss in order[:4]:

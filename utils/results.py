@@ -162,7 +162,8 @@ def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
     titles = {"published": "", "later": "Later losses:\n\n", "other": "Other losses:\n\n"}
     tables = [titles[part] + markdown_table(header, lines) for part, lines in parts.items()]
     devices = dict.fromkeys(device_of(run) for entry in summary for run in entry["runs"])
-    caption = f"A row: `{command({**args, 'seed': 0}, loss='LOSS')}`. Trained on {'; '.join(devices)}."
+    loss = {"loss": "LOSS"} if len(summary) > 1 else {}
+    caption = f"A row: `{command({**args, 'seed': 0}, **loss)}`. Trained on {'; '.join(devices)}."
     if tested:
         best = next(entry["row"] for entry in summary if entry["best"])
         counts = {entry["part"]: entry["comparisons"] for entry in summary}
