@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 import evaluate
@@ -228,6 +230,19 @@ def test_a_finished_run_in_ones_own_script(flags, small_network, tmp_path, monke
     Path("script.py").write_text(block)
     found = runpy.run_path("script.py")
     assert found["embeddings"].shape == (3, found["model"].embedding_dim) and len(found["images"]) == 3
+
+
+def test_features_of_another_project(tmp_path, monkeypatch, capsys):
+    """pytorch_result.mat as it is written there: features, and lists of labels and cameras. A single query, too."""
+    (block,) = [block for block in blocks(READMES["data/README.md"]) if "loadmat" in block]
+    monkeypatch.chdir(tmp_path)
+    gallery, query = np.eye(4, 6, dtype=np.float32), np.array([[0.0, 2, 1, 0, 0, 0]], np.float32)
+    result = {"gallery_f": gallery, "gallery_label": [1, 2, 3, -1], "gallery_cam": [1, 2, 3, 1]}
+    scipy.io.savemat("pytorch_result.mat", {**result, "query_f": query, "query_label": [3], "query_cam": [1]})
+    exec(block, {})
+    evaluate.main(["--features", "features.npz"])
+    scores = capsys.readouterr().out.splitlines()[2].split()  # the true match is second behind person 2
+    assert scores[1:3] == ["0.00", "100.00"] and scores[5] == "50.00"
 
 
 def copy_tree(folder):
