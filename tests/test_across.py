@@ -109,11 +109,15 @@ def test_a_union_has_a_cell_on_each_of_its_sets(tmp_path):
 
 
 def test_held_out_people_are_a_test_set_of_their_own(tmp_path):
-    run_folder(tmp_path / "run", result(dataset="market", eval_on="val"), scored_on("duke", titles=DUKE),
+    """Beside the test set of the same data, which a file on a union holds."""
+    union = scored_on("market+duke", titles={**MARKET, **DUKE})
+    union["tests"] = {"market": scored_on("market", 0.4, 0.1), "duke": scored_on("duke", 0.3, 0.2)}
+    run_folder(tmp_path / "run", result(dataset="market", eval_on="val"), union,
                scored_on("market", 0.9, 0.9, titles=MARKET, eval_on="val"))  # fmt: skip
     name = "Market-1501, scored on held-out training identities"
-    cell = "30.0 / 20.0 (n = 1)"
-    assert table(tmp_path) == {name: {HEAD: name, name: "70.0 / 50.0 (n = 1)", "DukeMTMC-reID": cell}}
+    texts = ["70.0 / 50.0 (n = 1)", "40.0 / 10.0 (n = 1)", "30.0 / 20.0 (n = 1)"]
+    columns = [name, "Market-1501", "DukeMTMC-reID"]
+    assert table(tmp_path) == {name: {HEAD: name, **dict(zip(columns, texts, strict=True))}}
 
 
 def test_own_pictures_are_told_apart_by_their_queries(tmp_path):
@@ -303,3 +307,12 @@ def test_a_run_that_is_not_finished_does_not_count(tmp_path, small_network):
     evaluate.main(score)
     title = "Market-1501 (incomplete)"
     assert list(table(tmp_path)[title]) == [HEAD, title, "synthetic, 4 + 4 people"]
+
+
+def test_evaluate_says_that_it_scored_held_out_people(tmp_path, small_network, flags):
+    run = tmp_path / "run"
+    train.main(["--loss", "softmax", *flags, "--epochs", "1", "--eval-on", "val"])
+    evaluate.main(["--run", str(run), "--device", "cpu"])
+    found = json.loads((run / "evaluation_market_cosine.json").read_text())
+    assert (found["dataset"], found["eval_on"], found["options"]) == ("market", "val", {})
+    assert found["mAP"] == json.loads((run / "result.json").read_text())["mAP"] and tables(tmp_path) == {}
