@@ -2,12 +2,14 @@
 
     python evaluate.py --run runs/market_arcface_s0
     python evaluate.py --run runs/market_arcface_s0 --dataset duke
+    python evaluate.py --run runs/synthetic_arcface_s0 --synthetic-seed 1
     python evaluate.py --run runs/market_arcface_s0 --rerank
     python evaluate.py --run runs/market_arcface_s0 --verification
     python evaluate.py --run runs/market_arcface_s0 --save-features features.npz
     python evaluate.py --features features.npz
 
-The numbers of a run are printed and kept in its folder, in evaluation_DATASET_METRIC.json.
+The numbers of a run are printed and kept in its folder, in evaluation_DATASET_METRIC.json; of those on
+another data set `python -m utils.results` makes a table.
 """
 
 import argparse
@@ -194,8 +196,9 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
 
 def load_tests(
     run_dir: Path, run: dict, dataset: str | None = None, data_dir: str | None = None, options: dict | None = None
-) -> tuple[dict[str, Split], str]:
-    """The run's own test sets (people that it did not train on), or those of another data set; and their name.
+) -> tuple[dict[str, Split], str, dict]:
+    """The run's own test sets (people that it did not train on), or those of another data set; their name; and what
+    they are: dataset, the options of its readers, the titles that these gave, eval_on (test or val).
 
     run: the run's flags; options: those of the readers (reader_options). Prints what the readers have to say.
     """
@@ -206,11 +209,14 @@ def load_tests(
         with distributed.one_first():  # generated pedestrians are drawn once
             data = load_datasets(dataset, data_dir or run["data_dir"], {**run, **options}, kept)
         tests, name = data.tests, dataset
+        taken = [key for key, option in reader_options().items() if {*dataset.split("+")} & {*option.datasets}]
+        about = {"dataset": dataset, "options": {key: {**run, **options}[key] for key in taken}}
+        about |= {"titles": data.titles, "eval_on": "test"}
         if dataset == run["dataset"] and run["eval_on"] == "val":
             tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
-            name = f"{dataset} val"
+            name, about["eval_on"] = f"{dataset} val", "val"
     print("".join(f"{note}\n" for note in data.notes), end="")
-    return tests, name
+    return tests, name, about
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -273,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     model, run = load_run(args.run, device)
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
     options = {key: value for key, value in vars(args).items() if key in reader_options()}
-    tests, title = load_tests(args.run, run, args.dataset, args.data_dir, options)
+    tests, title, about = load_tests(args.run, run, args.dataset, args.data_dir, options)
     how = {"metric": args.metric or run["metric"], "ignore_cameras": args.ignore_cameras or run["ignore_cameras"]}
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
     settings["flip_test"] = run["flip_test"] if args.flip_test is None else args.flip_test
@@ -297,8 +303,10 @@ def main(argv: list[str] | None = None) -> None:
     words += [how["metric"], *(key.replace("_", "-") for key in ("ignore_cameras", "flip_test") if how[key])]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
     words += [word for word in ("rerank", "verification") if getattr(args, word)]
+    about["finished"] = (args.run / "result.json").is_file()  # otherwise the network may still change
     if distributed.rank() == 0:
-        save_json(args.run / f"evaluation_{'_'.join(words)}.json", {**metrics, **how, **(further["reranking"] or {})})
+        content = {**metrics, **how, **(further["reranking"] or {}), **about}
+        save_json(args.run / f"evaluation_{'_'.join(words)}.json", content)
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def pages(runs):
 
 def features_of(run):
     opened = embedding.open_run(run, "cpu", 1)
-    tests, _ = show.load_tests(run, opened.args)
+    tests, _, _ = show.load_tests(run, opened.args)
     return embedding.split_features(opened, next(iter(tests.values())))
 
 

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     paths = [path for image in args.images for path in find_images(image)]
     run = open_run(args.run, args.device, args.workers)
-    tests, title = load_tests(args.run, run.args, data_dir=args.data_dir)
+    tests, title, _ = load_tests(args.run, run.args, data_dir=args.data_dir)
     name, split = next(iter(tests.items()))
     pairs = pairs_of(run, split_features(run, split))
     one, other = to_device(embed_paths(run, paths), run).split(1)

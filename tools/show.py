@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = []
     for folder in args.run:
         run = open_run(folder, args.device, args.workers)
-        tests, title = load_tests(folder, run.args, args.dataset, args.data_dir, options)
+        tests, title, _ = load_tests(folder, run.args, args.dataset, args.data_dir, options)
         name, split = next(iter(tests.items()))
         if len(tests) > 1:
             print(f"of {title}, {name} is shown: --dataset names another")

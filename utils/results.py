@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from losses import ROWS
+from utils.across import markdown_across
 from utils.errors import UserError
 from utils.files import write_text
 from utils.flags import new_run
@@ -198,6 +199,7 @@ def markdown(groups: Groups) -> str:
     parts = [markdown_group(setting, rows) for setting, rows in groups.items()]
     missing = [dataset for dataset, name in NAMES.items() if not any(s.startswith(f"{name},") for s in groups)]
     parts += [markdown_not_run(missing)] if missing else []
+    parts += markdown_across(groups)
     parts.append(
         "Percent; mean ± half of the 95 % interval over n seeds (Student's t). Training time: mean of the training "
         "epochs of a run, without decoding and scoring. Against the highest: paired t-test of mAP over common seeds, "

@@ -8,10 +8,11 @@ import json
 import sys
 from pathlib import Path
 
+from data import reader_options
 from losses import all_arguments, row_name
 from utils.errors import UserError
 from utils.files import load_json, write_text
-from utils.flags import DEFAULTS, FREE, command_line, new_run
+from utils.flags import DEFAULTS, FREE, SCORING, command_line, new_run
 
 NAMES = {"market": "Market-1501", "duke": "DukeMTMC-reID"}
 LOCAL = ("data_dir", "run_dir", "val_pids", "notes")  # what belongs to one machine: never collected
@@ -58,12 +59,45 @@ def read_run(path: Path) -> dict:
     return run
 
 
+def read_evaluations(run_dir: Path, args: dict) -> list[dict]:
+    """What evaluate.py found for a finished run on other test sets than its own, one dict each, scored as the run was.
+
+    Each: dataset, title, options (of its reader), rank1, mAP, num_queries. Left out: files that do not say what was
+    scored (older ones), other ways of scoring, held-out people, scores before the run was finished, and own pictures
+    for a run trained on own pictures, since another split of the same ones may hold people that it was trained on.
+    UserError for a file that can't be read.
+    """
+    own, titles, found = args["dataset"].split("+"), args.get("titles", {}), {}
+    known = {describe_set(name, args, titles.get(name)) for name in own} if args["eval_on"] == "test" else set()
+    for path in sorted(run_dir.glob("evaluation_*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("dataset") is None or content["eval_on"] == "val" or not content["finished"]:
+                continue
+            if "k1" in content or any(content[key] != args[key] for key in SCORING):  # re-ranked, or not as the run was
+                continue
+            for name, metrics in content.get("tests", {content["dataset"]: content}).items():
+                options = {key: content["options"].get(key, default) for key, default in options_of(name).items()}
+                scores = {"rank1": float(metrics["rank1"]), "mAP": float(metrics["mAP"])}
+                test = {"dataset": name, "title": content["titles"][name], "options": options, **scores}
+                test["num_queries"] = int(metrics["num_queries"])
+                words = describe_set(name, options, test["title"])
+                if words not in known and not (name == "folder" and "folder" in own):
+                    found.setdefault(words, test)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} can't be read as an evaluation ({error!r}): remove it and score again") from None
+    return [*found.values()]
+
+
 def collect(run_dir: Path, folder: Path) -> Path:
-    """Writes folder/runs/NAME.json, the compact form of run_dir/result.json (NAME: the run folder's name)."""
+    """Writes folder/runs/NAME.json, the compact form of run_dir/result.json (NAME: the run folder's name).
+
+    If the run was scored on other test sets, too, these scores are under "across" (`read_evaluations`).
+    """
     if not (run_dir / "result.json").is_file():
         raise UserError(f"{run_dir} has no result.json: only a finished run can be collected")
-    read_run(run_dir / "result.json")  # is it one?
-    run = compact(load_json(run_dir / "result.json"))
+    across = read_evaluations(run_dir, read_run(run_dir / "result.json")["args"])
+    run = compact(load_json(run_dir / "result.json")) | ({"across": across} if across else {})
     path = folder / "runs" / f"{run_dir.resolve().name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in run.items()]
@@ -80,6 +114,8 @@ def load_groups(folder: Path) -> Groups:
     sources = {}
     for path in paths:
         run = read_run(path)
+        if path.name == "result.json":
+            run["across"] = read_evaluations(path.parent, run["args"])
         setting, row, seed = describe(run["args"]), run["row"], run["args"]["seed"]
         cell = groups.setdefault(setting, {}).setdefault(row, {})
         if seed in cell:
@@ -109,18 +145,44 @@ def own_flags(args: dict) -> dict:
 
 def describe(args: dict) -> str:
     """The setting of a run in words: all that its rows have in common. Recipes may set other values for each row."""
-    own, people = own_flags(args), args["synthetic_ids"]
-    titles = {**NAMES, **args.get("titles", {})}  # what a copy was exactly: incomplete, say
-    words = [" + ".join(titles.get(name, name) for name in args["dataset"].split("+"))]
-    words += [f"{people} + {people} people"] if args["dataset"] == "synthetic" else []
-    words += ["scored on held-out training identities"] if args["eval_on"] == "val" else []
-    words += [f"{args['recipe']} recipe", args["arch"]]
+    return f"{describe_data(args)}, {describe_training(args)}"
+
+
+def options_of(name: str) -> dict:
+    """The options of a data set's reader, with their defaults."""
+    return {key: option.default for key, option in reader_options().items() if name in option.datasets}
+
+
+def describe_set(name: str, options: dict, title: str | None = None) -> str:
+    """One data set in words: its title (incomplete, say), generated people, the reader's options that are not defaults.
+
+    options: of its reader, others may be among them; one that is absent counts as its default.
+    """
+    defaults = options_of(name)
+    options = {key: options.get(key, default) for key, default in defaults.items()}
+    people = options.pop("synthetic_ids", None)
+    own = command_line({key: value for key, value in options.items() if value != defaults[key]})
+    words = [title or NAMES.get(name, name), f"{people} + {people} people" if people else "", own]
+    return ", ".join(word for word in words if word)
+
+
+def describe_data(args: dict) -> str:
+    """What a run was trained on, in words, and whether people of it were held out."""
+    titles = args.get("titles", {})
+    words = " + ".join(describe_set(name, args, titles.get(name)) for name in args["dataset"].split("+"))
+    return words + (", scored on held-out training identities" if args["eval_on"] == "val" else "")
+
+
+def describe_training(args: dict) -> str:
+    """How a run was trained and scored, in words: all of its setting but the data."""
+    own = own_flags(args)
+    words = [f"{args['recipe']} recipe", args["arch"]]
     words += [{"none": "from scratch", "imagenet": "ImageNet weights"}.get(args["weights"], args["weights"])]
     words += [f"{args['height']}x{args['width']}", f"{args['epochs']} epochs"]
     words += ["bfloat16"] if args["amp"] else []
     processes = args.get("environment", {}).get("processes", 1)  # each with batch-norm statistics of its own
     words += [f"{processes} processes"] if processes > 1 else []
-    said = {"synthetic_ids", "eval_on", "arch", "weights", "height", "width", "epochs", "amp"}
+    said = {*reader_options(), "eval_on", "arch", "weights", "height", "width", "epochs", "amp"}
     words += [command_line({key: own[key]}) for key in own if key not in said]
     return ", ".join(words)
 

@@ -1,0 +1,76 @@
+"""Runs that were scored on other data sets, too: tables that utils/results.py shows after its own.
+
+A table for each way to train and each loss: rows are what was trained on, columns what was tested on, in the run's own
+way of scoring. The runs of a cell differ in the seed only.
+"""
+
+from utils.runs import Groups, describe_data, describe_set, describe_training
+from utils.statistics import interval
+
+NOT_RUN = "not run"
+
+
+def name_of(test: dict) -> str:
+    """The column of a test set. Own pictures all have one name: the number of queries tells most of them apart."""
+    words = describe_set(test["dataset"], test["options"], test["title"])
+    return f"{words}, {test['num_queries']:,} queries" if test["dataset"] == "folder" else words
+
+
+def own_scores(run: dict) -> dict[str, dict]:
+    """Column -> rank1 and mAP on a run's own test sets: of several data sets each, or the people that were held out."""
+    args = run["args"]
+    if args["eval_on"] == "val":
+        return {describe_data(args): run}
+    titles = args.get("titles", {})
+    tests = run.get("tests", {args["dataset"]: run})
+    about = {name: {"dataset": name, "options": args, "title": titles.get(name), **tests[name]} for name in tests}
+    return {name_of(test): test for test in about.values()}
+
+
+def other_scores(run: dict) -> dict[str, dict]:
+    """The same of the test sets of other data."""
+    return {name_of(test): test for test in run.get("across", [])}
+
+
+def cell(scores: list[dict]) -> str:
+    """rank-1 / mAP in percent: mean ± half of the interval over seeds, and their number."""
+    if not scores:
+        return NOT_RUN
+    texts = []
+    for key in ("rank1", "mAP"):
+        mean, half = interval([score[key] for score in scores])
+        texts.append(f"{100 * mean:.1f}" if half is None else f"{100 * mean:.1f} ± {100 * half:.1f}")
+    return f"{' / '.join(texts)} (n = {len(scores)})"
+
+
+def markdown_table(trained: dict[str, list[dict]]) -> str:
+    """trained: what was trained on -> the runs, one a seed. Own test sets come first, in the order of the rows."""
+    from tabulate import tabulate
+
+    scores = {name: [other_scores(run) | own_scores(run) for run in runs] for name, runs in trained.items()}
+    columns = dict.fromkeys(column for runs in trained.values() for run in runs for column in own_scores(run))
+    columns |= dict.fromkeys(column for runs in scores.values() for run in runs for column in run)
+    lines = []
+    for name, runs in scores.items():
+        lines.append([name, *(cell([run[column] for run in runs if column in run]) for column in columns)])
+    return tabulate(lines, ["trained on \\ tested on", *columns], tablefmt="pipe", disable_numparse=True)
+
+
+def markdown_across(groups: Groups) -> list[str]:
+    """The tables of the settings and losses of which a run was scored on another data set, and what they show."""
+    tables: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for rows in groups.values():
+        for row, runs in rows.items():
+            args = next(iter(runs.values()))["args"]
+            trained = tables.setdefault((row, describe_training(args)), {})
+            trained[describe_data(args)] = [runs[seed] for seed in sorted(runs)]
+    parts = [
+        f"**Across data sets: {', '.join(key)}**\n\n{markdown_table(trained)}\n"
+        for key, trained in tables.items()
+        if any(run.get("across") for runs in trained.values() for run in runs)
+    ]
+    caption = (
+        "Across data sets: a row is trained on what it names and tested on what the columns name, rank-1 / mAP; the "
+        "recipe may hold other numbers for each. `python evaluate.py --run RUN --dataset DATASET` fills a cell.\n"
+    )
+    return [*parts, caption] if parts else []
