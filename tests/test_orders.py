@@ -245,10 +245,13 @@ def test_sections_follow_the_tables(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of a shell")
-def test_a_closed_pipe_ends_the_tables_quietly(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--short"]], ids=["more than a buffer", "less"])
+def test_a_closed_pipe_ends_the_tables_quietly(tmp_path, options):
     folder = save(tmp_path, *runs_of(dict.fromkeys(TWELVE, (0.4, 0.5))))
-    command = [sys.executable, "-m", "utils.results", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+    command = [sys.executable, "-m", "utils.results", str(folder), *options]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # as it is for most people
+    how = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **how) as process:
         process.stdout.close()  # before it has begun to write
         assert process.stderr.read() == b""
     assert process.returncode == 0

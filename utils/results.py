@@ -12,7 +12,7 @@ loss, and its runs differ in the seed only.
 
 Statistics, over seeds: mean and 95 % interval (Student's t); the published losses against the one of them with the
 highest mean mAP by a paired t-test over common seeds, the p values corrected for the number of comparisons by Holm; the
-later losses against the same one, with a correction of their own.
+later losses against the same one, with a correction of their own. Below the tables: utils/orders.py.
 """
 
 import argparse
