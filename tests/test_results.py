@@ -570,32 +570,66 @@ def test_collecting_runs_by_the_command_line(tmp_path, capsys, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- figure
 
 
-def test_figure_shows_the_means(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws runs with some flags; the panels."""
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    runs = [result(loss, seed, 0.4 + 0.1 * seed, epochs=2) for loss in ("softmax", "arcface") for seed in (0, 1)]
-    for run in runs[:3]:  # the last was not scored after its first epoch
-        run["log"][0] |= {"rank1": 0.3, "mAP": 0.2 + 0.1 * run["args"]["seed"]}
-    folder = save(tmp_path, *runs, result("triplet", recipe="published"))
+    def draw(runs, *flags):
+        path = tmp_path / "figure.png"
+        figure.main([str(save(tmp_path, *runs)), "--out", str(path), *flags])
+        assert path.read_bytes().startswith(b"\x89PNG")
+        return pyplot.gcf().axes
+
     monkeypatch.setattr(pyplot, "close", lambda _: None)
-    figure.main([str(folder), "--out", str(tmp_path / "figure.png")])
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    axes = pyplot.gcf().axes
-    assert len(axes) == 6  # two groups
-    scores, losses, curves = axes[:3]
-    assert [label.get_text() for label in scores.get_yticklabels()] == ["softmax (n = 2)", "arcface (n = 2)"]
-    bar = scores.containers[0]
-    assert bar.lines[0].get_xdata()[0] == pytest.approx(45.0)
-    left, right = bar.lines[2][0].get_segments()[0][:, 0]
-    assert right - left == pytest.approx(2 * 12.7062 * 10 / 2, rel=1e-4)  # t(0.975, 1) s / sqrt(2), s = 10 / sqrt(2)
-    assert losses.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.5]]
-    assert curves.lines[0].get_xydata().tolist() == [pytest.approx([1, 25.0]), pytest.approx([2, 45.0])]
-    assert curves.lines[1].get_xydata().tolist() == [pytest.approx([1, 20.0]), pytest.approx([2, 40.0])]  # seed 0 only
+    yield draw
     pyplot.switch_backend("agg")  # closes the figures
+
+
+def test_figure_shows_means_by_kind_of_loss(drawn):
+    """The highest mean of a kind first, hollow what was shown to be lower; a setting with one seed is left out."""
+    scores = {"softmax": (0.4, 0.5), "arcface": (0.5, 0.6001), "npair": (0.1, 0.2001), "center": (0.45, 0.5)}
+    runs = [run for loss, values in scores.items() for run in seeds_of(loss, values)]
+    (axis,) = drawn([*runs, result("triplet", recipe="published")])
+    labels = axis.get_yticklabels()
+    rows = ["classifiers", "arcface (n = 2)", "softmax (n = 2)", "pairs", "npair (n = 2)", "others", "center (n = 2)"]
+    assert [label.get_text() for label in labels] == rows
+    colours = [label.get_color() for label in labels]
+    assert len({colours[0], colours[3], colours[5], "black"}) == 4 and colours[1] == colours[4] == "black"
+    bars = {bar.get_label(): bar for bar in axis.containers}
+    point = bars["softmax"].lines[0]
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == (pytest.approx(45.0), rows.index("softmax (n = 2)"))
+    left, right = bars["softmax"].lines[2][0].get_segments()[0][:, 0]
+    assert right - left == pytest.approx(2 * 12.7062 * 10 / 2, rel=1e-4)  # t(0.975, 1) s / sqrt(2), s = 10 / sqrt(2)
+    hollow = [loss for loss, bar in bars.items() if bar.lines[0].get_markerfacecolor() == "white"]
+    assert set(hollow) == {"softmax", "npair"}  # differences 0.1 and 0.1001, 0.4 and 0.4: p < 0.001
+    assert bars["npair"].lines[0].get_color() == colours[3]
+    assert [text.get_text() for text in axis.texts] == ["55.0", "45.0", "15.0", "47.5"]
+    assert "hollow: lower than arcface by the paired test" in axis.get_xlabel()
+
+
+def test_figure_of_single_seeds_claims_nothing(drawn):
+    (axis,) = drawn([result(), result("triplet"), result(recipe="published")])
+    assert axis.get_title(loc="left").split(", ")[2] == "controlled recipe" and "hollow" not in axis.get_xlabel()
+    assert {bar.lines[0].get_markerfacecolor() for bar in axis.containers} == {"#0072B2", "#D55E00"}
+
+
+def test_figure_of_all_settings_with_several_seeds(drawn):
+    runs = [*seeds_of("softmax", (0.4, 0.5)), *seeds_of("triplet", (0.4, 0.5), recipe="published"), result(amp=True)]
+    titles = [axis.get_title(loc="left").split(", ")[2] for axis in drawn(runs, "--all")]
+    assert titles == ["controlled recipe", "published recipe"]
+
+
+def test_curves_are_the_training_losses_of_the_seeds(drawn):
+    runs = [*seeds_of("arcface", (0.4, 0.5), epochs=2), *seeds_of("softmax", (0.4, 0.5, 0.6), epochs=2)]
+    axes = [axis for axis in drawn(runs, "--curves") if axis.axison]
+    assert [axis.get_title() for axis in axes] == ["softmax", "arcface"]
+    assert [len(axis.lines) for axis in axes] == [3, 2]
+    assert axes[0].lines[0].get_xydata().tolist() == [[1, 4.0], [2, 2.0]] and axes[0].get_ylim()[0] == 0
 
 
 def test_figure_without_matplotlib(tmp_path, monkeypatch):

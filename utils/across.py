@@ -6,6 +6,7 @@ way of scoring. The runs of a cell differ in the seed only.
 
 from utils.runs import Groups, describe_data, describe_set, describe_training
 from utils.statistics import interval
+from utils.words import markdown_table, percent
 
 NOT_RUN = "not run"
 
@@ -36,24 +37,19 @@ def cell(scores: list[dict]) -> str:
     """rank-1 / mAP in percent: mean ± half of the interval over seeds, and their number."""
     if not scores:
         return NOT_RUN
-    texts = []
-    for key in ("rank1", "mAP"):
-        mean, half = interval([score[key] for score in scores])
-        texts.append(f"{100 * mean:.1f}" if half is None else f"{100 * mean:.1f} ± {100 * half:.1f}")
+    texts = [percent(*interval([score[key] for score in scores])) for key in ("rank1", "mAP")]
     return f"{' / '.join(texts)} (n = {len(scores)})"
 
 
-def markdown_table(trained: dict[str, list[dict]]) -> str:
+def table_across(trained: dict[str, list[dict]]) -> str:
     """trained: what was trained on -> the runs, one a seed. Own test sets come first, in the order of the rows."""
-    from tabulate import tabulate
-
     scores = {name: [other_scores(run) | own_scores(run) for run in runs] for name, runs in trained.items()}
     columns = dict.fromkeys(column for runs in trained.values() for run in runs for column in own_scores(run))
     columns |= dict.fromkeys(column for runs in scores.values() for run in runs for column in run)
     lines = []
     for name, runs in scores.items():
         lines.append([name, *(cell([run[column] for run in runs if column in run]) for column in columns)])
-    return tabulate(lines, ["trained on \\ tested on", *columns], tablefmt="pipe", disable_numparse=True)
+    return markdown_table(["trained on \\ tested on", *columns], lines)
 
 
 def markdown_across(groups: Groups) -> list[str]:
@@ -65,7 +61,7 @@ def markdown_across(groups: Groups) -> list[str]:
             trained = tables.setdefault((row, describe_training(args)), {})
             trained[describe_data(args)] = [runs[seed] for seed in sorted(runs)]
     parts = [
-        f"**Across data sets: {', '.join(key)}**\n\n{markdown_table(trained)}\n"
+        f"**Across data sets: {', '.join(key)}**\n\n{table_across(trained)}\n"
         for key, trained in tables.items()
         if any(run.get("across") for runs in trained.values() for run in runs)
     ]

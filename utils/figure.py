@@ -1,22 +1,108 @@
-"""Draws a folder of finished runs: for each setting mAP with its interval, loss over epochs, mAP over epochs.
+"""Draws finished runs: the mAP of each loss with its interval, by kind of loss.
 
-    python -m utils.figure results --out results/comparison.png          # needs matplotlib
+    python -m utils.figure results --out results/comparison.png    # of the first setting with several seeds
+    python -m utils.figure results --all --out all.png              # of every setting with several seeds
+    python -m utils.figure results --curves --out curves.png        # instead: training losses, a line for each seed
+
+Needs matplotlib.
 """
 
 import argparse
-import statistics
+import itertools
+import math
 import sys
+import textwrap
 from pathlib import Path
 
 from losses import ROWS
 from utils.errors import UserError
 from utils.files import write_atomically
-from utils.results import summarise
+from utils.results import summarise, verdict
 from utils.runs import Groups, load_groups
 
+# name and colour of a kind; colours of Okabe and Ito, told apart with any colour vision
+KINDS = {
+    "classifier": ("classifiers", "#0072B2"),
+    "pairs": ("pairs", "#D55E00"),
+    "proxies": ("proxies", "#009E73"),
+    "ranking": ("ranking", "#CC79A7"),
+    "other": ("others", "#666666"),
+}
+COLUMNS = 5  # of the small panels
 
-def draw(groups: Groups, path: Path) -> None:
-    """Three panels for each group. The curve of mAP is that of the runs scored on the way (--eval-every), if any."""
+
+def kind_of(loss: str) -> str:
+    return ROWS[loss].kind if loss in ROWS else "other"
+
+
+def several_seeds(groups: Groups) -> Groups:
+    """The settings in which some loss has more than one seed; all of them if none has."""
+    found = {setting: rows for setting, rows in groups.items() if max(map(len, rows.values())) > 1}
+    return found or groups
+
+
+def draw_scores(groups: Groups, path: Path) -> None:
+    """A panel for each setting: losses by kind, the highest mean of a kind first."""
+    pyplot = load_pyplot()
+    summaries = [summarise(rows) for rows in groups.values()]
+    places = [len(summary) + len({kind_of(entry["row"]) for entry in summary}) for summary in summaries]
+    heights = [0.24 * count + 1.1 for count in places]
+    figure, axes = pyplot.subplots(len(groups), figsize=(8, sum(heights)), squeeze=False, layout="constrained",
+                                   height_ratios=heights)  # fmt: skip
+    for setting, summary, axis in zip(groups, summaries, axes[:, 0], strict=True):
+        labels = []  # (text, colour, weight) of each place from the top
+        for kind, (title, colour) in KINDS.items():
+            entries = [entry for entry in summary if kind_of(entry["row"]) == kind]
+            labels += [(title, colour, "bold")] if entries else []
+            for entry in sorted(entries, key=lambda entry: -entry["mAP"][0]):
+                mean, half = entry["mAP"]
+                face = "white" if verdict(entry).startswith("lower") else colour
+                axis.errorbar(100 * mean, len(labels), xerr=100 * (half or 0), fmt="o", capsize=3, color=colour,
+                              markerfacecolor=face, label=entry["row"])  # fmt: skip
+                axis.annotate(f"{100 * mean:.1f}", (100 * (mean + (half or 0)), len(labels)), (6, 0), va="center",
+                              textcoords="offset points", fontsize="small")  # fmt: skip
+                labels.append((f"{entry['row']} (n = {len(entry['seeds'])})", "black", "normal"))
+        axis.set_yticks(range(len(labels)), [text for text, _, _ in labels])
+        for tick, (_, colour, weight) in zip(axis.get_yticklabels(), labels, strict=True):
+            tick.set(color=colour, weight=weight)
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.set_xlim(0, 1.08 * axis.get_xlim()[1])  # room for the numbers
+        axis.tick_params("y", length=0)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(textwrap.fill(setting, 75), fontsize="medium", loc="left")
+        note = "mAP in percent: mean over n seeds, 95 % interval"
+        if any(entry["comparisons"] for entry in summary):
+            best = next(entry["row"] for entry in summary if entry["best"])
+            note += f"\nhollow: lower than {best} by the paired test; filled: not shown to be lower"
+        axis.set_xlabel(note)
+    save(figure, path)
+
+
+def draw_curves(groups: Groups, path: Path) -> None:
+    """A small panel for each setting and loss: the mean training loss of each epoch, a line for each seed."""
+    pyplot = load_pyplot()
+    heights = [math.ceil(len(rows) / COLUMNS) for rows in groups.values()]
+    figure = pyplot.figure(figsize=(2.2 * COLUMNS, 1.8 * sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(groups), squeeze=False, height_ratios=heights)[:, 0]
+    for part, height, (setting, rows) in zip(parts, heights, groups.items(), strict=True):
+        part.suptitle(f"Training loss over the epochs: {setting}", fontsize="medium")
+        axes = part.subplots(height, COLUMNS, squeeze=False).flat
+        for axis, entry in itertools.zip_longest(axes, summarise(rows)):
+            if entry is None:
+                axis.set_axis_off()
+                continue
+            for run in entry["runs"]:
+                epochs, losses = ([line[key] for line in run["log"]] for key in ("epoch", "loss"))
+                axis.plot(epochs, losses, color=KINDS[kind_of(entry["row"])][1], alpha=0.7)
+            axis.set_title(entry["row"], fontsize="small")
+            axis.tick_params(labelsize="x-small")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_ylim(bottom=min([0, *(line["loss"] for run in entry["runs"] for line in run["log"])]))
+    save(figure, path)
+
+
+def load_pyplot():
     try:
         import matplotlib
     except ImportError:
@@ -24,63 +110,26 @@ def draw(groups: Groups, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    size = (15, 4.5 * len(groups))
-    figure, axes = pyplot.subplots(len(groups), 3, figsize=size, squeeze=False, layout="constrained")
-    for (setting, rows), (scores, losses, curves) in zip(groups.items(), axes, strict=True):
-        summary, shown = summarise(rows), set()  # seeds whose mAP is drawn over the epochs
-        colours = dict(zip(dict.fromkeys([*ROWS, *rows]), matplotlib.colormaps["tab20"].colors * 2, strict=False))
-        for place, entry in enumerate(summary):
-            row, (mean, half) = entry["row"], entry["mAP"]
-            style = "--" if list(colours).index(row) % 2 else "-"  # colours come in pairs of dark and pale
-            scores.errorbar(100 * mean, place, xerr=100 * (half or 0), fmt="o", capsize=3, color=colours[row])
-            epochs, values = mean_curve(entry["runs"], "loss")
-            first = values[0] if values else 0
-            losses.plot(epochs, [value / first if first > 0 else value for value in values], style, color=colours[row])
-            scored = [run for run in entry["runs"] if any("mAP" in line for line in run["log"])] or entry["runs"]
-            shown |= {run["args"]["seed"] for run in scored}
-            epochs, values = mean_curve(scored, "mAP")
-            curves.plot(epochs, [100 * v for v in values], style, marker=".", color=colours[row], label=row)
-        scores.set_yticks(range(len(summary)), [f"{e['row']} (n = {len(e['seeds'])})" for e in summary])
-        scores.invert_yaxis()
-        scores.set_xlabel("mAP, % (bar: 95 % interval over n seeds)")
-        losses.set_ylabel("training loss / that of the first epoch")
-        curves.set_ylabel(f"mAP, % (seed{'s' * (len(shown) > 1)} {', '.join(map(str, sorted(shown)))})")
-        for axis in (losses, curves):
-            axis.set_xlabel("epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        for axis in (scores, losses, curves):
-            axis.grid(alpha=0.3)
-        curves.set_xlim(losses.get_xlim())
-        legend = curves.get_legend_handles_labels()
-        on_the_way = any("mAP" in line for entry in summary for run in entry["runs"] for line in run["log"])
-        if not on_the_way:  # points at the last epoch are no curves: the legend takes their room
-            curves.clear()
-            curves.set_axis_off()
-        curves.legend(*legend, fontsize="small", loc="center left", bbox_to_anchor=(1 if on_the_way else 0, 0.5))
-        scores.set_title(setting, fontsize="medium", loc="left")
-    kind = path.suffix[1:] or "png"
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=kind))
+    return pyplot
+
+
+def save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:] or "png"))
     pyplot.close(figure)
-
-
-def mean_curve(runs: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Epochs that every run has a value of, and the means over the runs; of mAP the last value is the final score."""
-    values: dict[int, list[float]] = {}
-    for run in runs:
-        final = [{"epoch": run["args"]["epochs"], "mAP": run["mAP"]}] if key == "mAP" else []
-        for line in [*run["log"], *final]:
-            if key in line:
-                values.setdefault(line["epoch"], []).append(line[key])
-    epochs = sorted(epoch for epoch, found in values.items() if len(found) == len(runs))
-    return epochs, [statistics.fmean(values[epoch]) for epoch in epochs]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="folder with runs (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="default: comparison.png")
+    parser.add_argument("--all", action="store_true", help="not only the first setting that has more than one seed")
+    parser.add_argument("--curves", action="store_true", help="training losses over the epochs instead")
     args = parser.parse_args(argv)
-    draw(load_groups(args.folder), args.out)
+    groups = several_seeds(load_groups(args.folder))
+    groups = groups if args.all else dict(list(groups.items())[:1])
+    (draw_curves if args.curves else draw_scores)(groups, args.out)
 
 
 if __name__ == "__main__":

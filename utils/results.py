@@ -12,12 +12,13 @@ loss, and its runs differ in the seed only.
 
 Statistics, over seeds: mean and 95 % interval (Student's t); the published losses against the one of them with the
 highest mean mAP by a paired t-test over common seeds, the p values corrected for the number of comparisons by Holm; the
-later losses against the same one, with a correction of their own.
+later losses against the same one, with a correction of their own. Below the tables: utils/orders.py.
 """
 
 import argparse
 import csv
 import io
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -28,8 +29,10 @@ from utils.across import markdown_across
 from utils.errors import UserError
 from utils.files import write_text
 from utils.flags import new_run
+from utils.orders import orders_and_ablations
 from utils.runs import NAMES, Groups, collect, command, describe, load_groups
 from utils.statistics import LEVEL, holm, interval, paired_p
+from utils.words import markdown_table, p_in_words, percent
 
 # Rank-1 and mAP in percent of "Person re-identification based on deep metric learning": one run per cell.
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
@@ -104,17 +107,11 @@ def verdict(entry: dict) -> str:
         return "highest mean"
     if entry["p"] is None:
         return "no test"
-    p = "p < 0.001" if entry["p"] < 0.001 else f"p = {entry['p']:.3f}"
-    if entry["p"] >= LEVEL:
-        return f"not shown to be {'higher' if entry['higher'] else 'lower'}, {p}"
-    return f"{'higher' if entry['higher'] else 'lower'}, {p}"
+    side = "higher" if entry["higher"] else "lower"
+    return f"{side if entry['p'] < LEVEL else f'not shown to be {side}'}, {p_in_words(entry['p'])}"
 
 
 # ----------------------------------------------------------------------------------------------------- markdown and CSV
-
-
-def percent(mean: float, half: float | None) -> str:
-    return f"{100 * mean:.1f}" if half is None else f"{100 * mean:.1f} ± {100 * half:.1f}"
 
 
 def duration(seconds: float) -> str:
@@ -129,12 +126,6 @@ def seed_list(seeds: Sequence[int]) -> str:
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
         return f"{seeds[0]}-{seeds[-1]}"
     return ", ".join(map(str, seeds))
-
-
-def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    from tabulate import tabulate
-
-    return tabulate(lines, header, tablefmt="pipe", disable_numparse=True)
 
 
 def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
@@ -199,6 +190,7 @@ def markdown(groups: Groups) -> str:
     parts = [markdown_group(setting, rows) for setting, rows in groups.items()]
     missing = [dataset for dataset, name in NAMES.items() if not any(s.startswith(f"{name},") for s in groups)]
     parts += [markdown_not_run(missing)] if missing else []
+    parts += orders_and_ablations(groups, PUBLISHED)
     parts += markdown_across(groups)
     parts.append(
         "Percent; mean ± half of the 95 % interval over n seeds (Student's t). Training time: mean of the training "
@@ -276,11 +268,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.update:
         update(args.update, text)
     if not (args.csv or args.update):
-        print(text)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
     try:
         main()
+    except BrokenPipeError:  # `| head` has seen enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         sys.exit(f"results: {error}")

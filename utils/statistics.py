@@ -1,10 +1,11 @@
-"""Means over seeds with their intervals, and paired tests with Holm's correction."""
+"""Means over seeds with their intervals, paired tests with Holm's correction, and agreement of two orders."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 LEVEL = 0.05  # of the tests; the intervals are those of 1 - LEVEL
+FEWEST = 5  # things in common, with fewer an order says next to nothing
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -35,3 +36,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def kendall(first: Mapping[str, float], second: Mapping[str, float]) -> float | None:
+    """Kendall's tau-b of two scorings of the same things: 1 the same order, -1 the reverse.
+
+    Over what both score; None for fewer than FEWEST in common, and where one of the two scores everything alike.
+    """
+    from scipy.stats import kendalltau
+
+    common = sorted(first.keys() & second.keys())
+    if len(common) < FEWEST:
+        return None
+    tau = float(kendalltau([first[name] for name in common], [second[name] for name in common]).statistic)
+    return None if math.isnan(tau) else tau
+
+
+def kendall_range(pairs: Iterable[tuple[Mapping, Mapping]]) -> tuple[float, float, float, int] | None:
+    """Median, lowest and highest tau of pairs of scorings, and the number of pairs that have one; None without any."""
+    taus = [tau for tau in (kendall(first, second) for first, second in pairs) if tau is not None]
+    return (statistics.median(taus), min(taus), max(taus), len(taus)) if taus else None
