@@ -81,6 +81,45 @@ def reranking_h100() -> str:
     return table(["query x gallery", "re-ranked and scored", "turns", "memory"], lines)
 
 
+def reranking_cpu() -> str:
+    lines = []
+    for result in load(f"reranking_{EPYC}")["results"]:
+        size = f"{result['query']:,} x {result['gallery']:,}"
+        for way, row in result["ways"].items():
+            seconds = spread(*(row["seconds"][key] for key in ("median", "min", "max")), ".1f")
+            numbers = [f"{row[key]:.2f}" for key in ("times_ours", "extra_gib")]
+            lines.append([size, way, seconds, *numbers, row.get("queries_that_differ", "")])
+    return table(["query x gallery", "way", "seconds (min to max)", "x ours", "GiB", "queries that differ"], lines)
+
+
+def distributed_cpu() -> str:
+    lines = []
+    for row in load(f"distributed_{EPYC}")["processes"]:
+        step = spread(row["ms"]["step"], *row["step_spread_ms"], ".0f")
+        ms = row["ms"]
+        parts = [f"{ms[key]:.1f}" if key in ms else "" for key in ("gather", "all-reduce", "stop signals")]
+        lines.append([row["processes"], row["images"], step, *parts])
+    heads = ["processes", "images", "a step, ms (min to max)", "gather, ms", "all-reduce, ms", "stop signals, ms"]
+    return table(heads, lines)
+
+
+def micro_batches_cpu() -> str:
+    lines = [[row["images"], row["parts"], spread(row["ms"]["step"], *row["step_spread_ms"], ".0f"),
+              f"{1000 * row['images'] / row['ms']['step']:.0f}", f"{row['peak_memory_mib']:,.0f}"]
+             for row in load(f"distributed_{EPYC}")["micro_batches"]]  # fmt: skip
+    return table(["images", "parts", "a step, ms (min to max)", "images/s", "peak memory, MiB"], lines)
+
+
+def tricks_cpu() -> str:
+    result = load(f"tricks_{EPYC}")
+    names = [f"a step, {row['name']}" for row in result["rows"]]
+    names += [f"embedding {result['batch_size']} images{', --flip-test' * (row['name'] == 'flip')}"
+              for row in result["scoring"]]  # fmt: skip
+    lines = [[name, spread(row["milliseconds"], row["min"], row["max"], ".0f"), f"{row['ratio']:.2f}"]
+             for name, row in zip(names, [*result["rows"], *result["scoring"]], strict=True)]  # fmt: skip
+    return table(["", "ms (min to max)", "ratio"], lines)
+
+
 def training_cpu() -> str:
     lines = []
     for file in (XEON, f"{XEON}-resnet18"):
@@ -142,8 +181,8 @@ def kills() -> str:
             f"{report['log_lines_compared']} lines of the log: {len(report['differences'])}.")  # fmt: skip
 
 
-TABLES = (ranking_forms, evaluator_peers, evaluator_h100, reranking_h100, training_cpu, training_h100, losses_h100,
-          losses_cpu, comparison_h100, kills)  # fmt: skip
+TABLES = (ranking_forms, evaluator_peers, evaluator_h100, reranking_cpu, reranking_h100, training_cpu, training_h100,
+          distributed_cpu, micro_batches_cpu, tricks_cpu, losses_h100, losses_cpu, comparison_h100, kills)  # fmt: skip
 
 
 def filled(text: str) -> str:
