@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import DATASETS, add_reader_flags, check_options, load_datasets, reader_options
 from data.holdout import holdout
 from data.images import stream_images
-from data.records import Record, Split
+from data.records import Split
 from models import build_model, model_options
 from utils import distributed
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
@@ -36,7 +36,7 @@ from utils.environment import digest_of_names, find_device
 from utils.errors import UserError, user_input
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
-from utils.flags import DEFAULTS, load_args, number
+from utils.flags import DEFAULTS, data_name, load_args, number
 from utils.ranking import average, rank_queries, rank_queries_from_distance
 from utils.reranking import rerank
 from utils.seed import set_backends
@@ -50,7 +50,7 @@ METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mAP_trapezoid", "mINP",
 @torch.inference_mode()
 def embed(
     model: nn.Module,
-    records: Sequence[Record],
+    paths: Sequence[str | Path],
     *,
     height: int,
     width: int,
@@ -60,14 +60,14 @@ def embed(
     flip_test: bool = False,
     description: str = "embedding",
 ) -> Tensor:
-    """Embeddings (N, D) float32 of N images, in their order, on `device`; the images are streamed, never kept.
+    """Embeddings (N, D) float32 of N image files, in their order, on `device`; images are streamed, never kept.
 
     flip_test: an image's embedding is the mean of its own and its mirror image's.
     Under torchrun every process embeds its share of them and returns all.
     """
-    paths = [record.path for record in records]
+    total = len(paths)
     distributed.check_same("the list of test images", digest_of_names(paths))
-    paths = paths[distributed.share(len(paths))]
+    paths = paths[distributed.share(total)]
     was_training = model.training
     model.eval()
     batch_size = BATCH_SIZE if device.type == "cpu" else BATCH_SIZE_GPU
@@ -84,17 +84,18 @@ def embed(
             embeddings.append(batch[:count])
             bar.update(count)
     model.train(was_training)
-    return distributed.gather_rows(torch.cat(embeddings), len(records))
+    return distributed.gather_rows(torch.cat(embeddings), total)
 
 
 def embed_split(model: nn.Module, split: Split, **settings) -> Features:
     """Query and gallery of a split with their embeddings; settings: those of `embed`."""
     fields = {}
     for name, records in (("query", split.query), ("gallery", split.gallery)):
-        fields[name] = embed(model, records, description=f"embedding {name}", **settings)
+        paths = [record.path for record in records]
+        fields[name] = embed(model, paths, description=f"embedding {name}", **settings)
         fields[f"{name}_pids"] = torch.tensor([record.pid for record in records])
         fields[f"{name}_camids"] = torch.tensor([record.camid for record in records])
-        fields[f"{name}_paths"] = [str(record.path) for record in records]
+        fields[f"{name}_paths"] = [str(path) for path in paths]
     return Features(**fields)
 
 
@@ -107,9 +108,14 @@ def cameras(features: Features, ignore: bool = False) -> tuple:
             "The features hold no cameras: add query_camids and gallery_camids, or query_paths and gallery_paths and "
             "pass --ignore-cameras."
         )
-    if ignore or min(query_camids.min(), gallery_camids.min()) < 0:
+    if ignore or unknown_cameras(features):
         return path_cameras(features.query_paths, features.gallery_paths)
     return query_camids, gallery_camids
+
+
+def unknown_cameras(features: Features) -> bool:
+    """Whether a camera that counts is unknown (-1): of a query, or of a gallery image of somebody (pid above 0)."""
+    return bool((features.query_camids < 0).any() or (features.gallery_camids[features.gallery_pids > 0] < 0).any())
 
 
 def score(
@@ -202,17 +208,19 @@ def load_tests(
 
     run: the run's flags; options: those of the readers (reader_options). Prints what the readers have to say.
     """
-    dataset, options = dataset or run["dataset"], options or {}
+    options = options or {}
+    own = not options and (dataset is None or data_dir in (None, run["data_dir"]))  # pictures that may have moved
+    dataset = dataset or run["dataset"]
     with user_input():
         check_options(dataset, options)
-        kept = run_dir / "split.csv" if dataset == run["dataset"] and not options else None
+        kept = run_dir / "split.csv" if own else None
         with distributed.one_first():  # generated pedestrians are drawn once
             data = load_datasets(dataset, data_dir or run["data_dir"], {**run, **options}, kept)
         tests, name = data.tests, dataset
         taken = [key for key, option in reader_options().items() if {*dataset.split("+")} & {*option.datasets}]
         about = {"dataset": dataset, "options": {key: {**run, **options}[key] for key in taken}}
         about |= {"titles": data.titles, "eval_on": "test"}
-        if dataset == run["dataset"] and run["eval_on"] == "val":
+        if dataset == run["dataset"] and run["eval_on"] == "val" and not options:
             tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
             name, about["eval_on"] = f"{dataset} val", "val"
     print("".join(f"{note}\n" for note in data.notes), end="")
@@ -270,6 +278,9 @@ def main(argv: list[str] | None = None) -> None:
         features = load_features(args.features)
         query = torch.from_numpy(features.query.astype(features.query.dtype.newbyteorder("=")))  # ranked where it is
         features = features._replace(query=query.to(device))
+        if not args.ignore_cameras and features.query_camids is not None and features.gallery_camids is not None:
+            if unknown_cameras(features):
+                print("a camera is unknown (-1): only the query image itself is dropped (as with --ignore-cameras)")
         with user_input():
             metrics = score(features, args.metric or "cosine", args.ignore_cameras, **further)
         print(metrics_table(metrics, f"{args.features}{', re-ranked' if args.rerank else ''}"))
@@ -298,7 +309,8 @@ def main(argv: list[str] | None = None) -> None:
         print(verification_table(metrics))
         people = "held out, none of the test" if title.endswith(" val") else "of the test set, which they describe"
         print(f"thresholds found on the people {people}")
-    words = [args.dataset or run["dataset"], *(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
+    words = [data_name(args.dataset or run["dataset"], args.data_dir or run["data_dir"])]
+    words += [*(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
     how["flip_test"] = settings["flip_test"]
     words += [how["metric"], *(key.replace("_", "-") for key in ("ignore_cameras", "flip_test") if how[key])]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]

@@ -169,9 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     if resumed and (change := change_of(args["environment"], here)):
         print(f"{run_dir} {change}: not bit for bit as without a break")
     all_labels = torch.tensor([record.label for record in records])
-    if args["p"] > num_classes and not {"p", "sampler"} & args["explicit"].keys() and args["sampler"] == "pk":
+    if args["p"] > num_classes and "p" not in args["explicit"] and args["sampler"] == "pk":
         print(f"batches of {num_classes} people, since there are no more (--p)")
         args["p"] = num_classes
+    if args["p"] * args["k"] > len(records) and "k" not in args["explicit"] and args["sampler"] == "pk":
+        args["k"] = max(len(records) // args["p"], 2)
+        print(f"batches of {args['k']} images of each, since there are no more (--k)")
     with user_input():
         if args["sampler"] == "pk":
             sampler = PKSampler(all_labels.tolist(), args["p"], args["k"], args["seed"])
@@ -233,10 +236,10 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(128 + number)
 
     with locked(run_dir, new=not resumed) if writes else nullcontext():
-        if not resumed and writes:
+        if "folder" in data.tests and writes and not (run_dir / "split.csv").exists():
+            write_split_csv(data.tests["folder"], run_dir / "split.csv", args["data_dir"])  # it outlives added files
+        if writes and (not resumed or any(args[key] != load_args(run_dir)[key] for key in SCORING)):
             save_json(run_dir / "args.json", args)
-            if "folder" in data.tests:  # the split stays the same when files are added
-                write_split_csv(data.tests["folder"], run_dir / "split.csv", args["data_dir"])
         same = args.keys() - {*FREE, *SCORING, "explicit", "environment"}
         first_epoch, log = resume_run(run_dir, args, same, model, loss_fn, optimizer)
         print(f"{args['dataset']}: {len(records):,} training images of {num_classes:,} identities (kept in "

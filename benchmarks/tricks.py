@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine_name, write_result  # noqa: E402
 from data.images import TrainingImages  # noqa: E402
-from data.records import Record  # noqa: E402
 from evaluate import embed  # noqa: E402
 from losses import build_loss  # noqa: E402
 from models import build_model, model_options  # noqa: E402
@@ -81,9 +80,8 @@ def training_loop(args: dict, paths: list[Path], steps: int, device: torch.devic
 def scoring_loop(args: dict, paths: list[Path], flip_test: bool, device: torch.device) -> Callable[[], None]:
     """A function that embeds all images once, decoding included, as scoring does."""
     model = build_model(args["arch"], "none", **model_options(args)).to(device, memory_format=torch.channels_last)
-    records = [Record(path, 1, 1) for path in paths]
     settings = {key: args[key] for key in ("height", "width", "amp", "workers")}
-    return lambda: embed(model, records, device=device, flip_test=flip_test, **settings)
+    return lambda: embed(model, paths, device=device, flip_test=flip_test, **settings)
 
 
 def seconds(loop: Callable[[], None], device: torch.device) -> float:

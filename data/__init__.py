@@ -66,7 +66,7 @@ class Data(NamedTuple):
 def find_reader(name: str):
     """The reader of this name; ValueError lists the known ones, the most similar first."""
     if name not in DATASETS:
-        known = sorted(DATASETS, key=lambda key: -SequenceMatcher(None, name, key).ratio())
+        known = sorted(DATASETS, key=lambda key: (not name.startswith(key), -SequenceMatcher(None, name, key).ratio()))
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(known)}.")
     return DATASETS[name]
 

@@ -15,7 +15,6 @@ Files are copies if their bytes are the same: an image that was saved again is n
 
 import argparse
 import hashlib
-import os
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -29,7 +28,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from data import DATASETS, add_reader_flags, check_options
-from data.images import FORMATS, MAX_PIXELS, BadImage, decode
+from data.images import FORMATS, MAX_PIXELS, BadImage, decode, default_workers
 from data.records import INFORMATION, Record, Split, camera, has_cameras
 from data.records import REMARKS as READER_REMARKS
 
@@ -37,7 +36,8 @@ JPEG = ("JPEG", "MPO")  # MPO: a JPEG with a second picture
 CONTENT = {".jpg": JPEG, ".jpeg": JPEG}  # of the other suffixes: the format of that name
 TINY = 8  # pixels
 MODES = {"1": "grey", "L": "grey", "LA": "grey", "P": "palette", "RGBA": "transparent", "CMYK": "CMYK"}
-REMARKS = {*READER_REMARKS, *MODES.values(), "similar names", "16 bits", "tiny", "turned", "copies", "wrong suffix"}
+REMARKS = {*READER_REMARKS, *MODES.values(), "similar names", "16 bits", "tiny", "wide", "turned", "copies",
+           "wrong suffix"}  # fmt: skip
 
 
 class Finding(NamedTuple):
@@ -127,6 +127,9 @@ def examine(path: Path) -> tuple[str | None, list[Finding]]:
                 findings.append(Finding("16 bits", f"{path} has 16 bits per value"))
             if min(image.size) < TINY:
                 findings.append(Finding("tiny", f"{path} has {image.width} x {image.height} pixels"))
+            if image.width > image.height:
+                text = f"{path} is wider than high ({image.width} x {image.height}): is it cut out around the person?"
+                findings.append(Finding("wide", text))
             if (orientation := image.getexif().get(0x0112, 1)) != 1:
                 findings.append(Finding("turned", f"{path} has the EXIF orientation {orientation}"))
         decode(path, [])  # exactly what training and evaluation do
@@ -197,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     add_reader_flags(parser)
     parser.add_argument("--all-remarks", action="store_true", help="list every remark, not three of a kind")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: one for each core)"
+        "--workers", type=int, default=default_workers(), metavar="N", help="threads (default: the cores, at most 4)"
     )
     options = vars(parser.parse_args(argv))
     dataset, data_dir, all_remarks, workers = map(options.pop, ("dataset", "data_dir", "all_remarks", "workers"))

@@ -80,7 +80,16 @@ def folder(
         shape, found = read_folders(root, report)
     if not found:
         return Split([], [], [])
+    report("title", title_of(root))
     return build(found, shape, str(root), split_seed, test_share, report)
+
+
+def title_of(data_dir: str | Path) -> str:
+    """What tells one folder of pictures from another: "folder photos"; "folder" alone if it is called that itself."""
+    place = Path(data_dir).resolve()
+    if (place / "folder").is_dir():
+        return "folder"
+    return f"folder {place.stem if place.suffix == '.csv' else place.name}".removesuffix(" folder")
 
 
 def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
@@ -274,6 +283,7 @@ def split_people(names: list[str], records: list[Record], where: str, seed: int,
         query, gallery = choose_queries({name: people[name] for name in sorted(drawn)}, f"folder {seed}")
         train = [r for name in names if name not in drawn for r in people[name]]
         queries = number_of(len(query), "query", "queries")
+        queries += f", each {100 / len(query):.0f} points of rank-1" if len(query) < 50 else ""
         made = f"split by seed {seed}: {len(names) - len(drawn):,} people for training ({len(train):,} images), "
         report("note", f"{made}{len(drawn):,} for testing ({queries}, {number_of(len(gallery), 'gallery image')})")
         if rest := len(names) - len(candidates):
@@ -288,19 +298,21 @@ def write_split_csv(split: Split, file: Path, data_dir: str | Path) -> None:
 
     Copied into data_dir it is a data set by itself; from where it lies, `read_split_csv` reads it.
     """
-    base = folder_of(data_dir)
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
+    base, whole = folder_of(data_dir), file.with_name(f".{file.name}")
+    with whole.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
         rows = csv.writer(text, quoting=csv.QUOTE_ALL)
         rows.writerow(("path", "pid", "camid", "split"))
         for part, records in split._asdict().items():
             for r in records:
                 camid = r.camid if r.camid >= 0 else ""
                 rows.writerow((os.path.relpath(r.path, base), f"{r.pid:09d}", camid, part))
+    os.replace(whole, file)  # never half a split
 
 
 def read_split_csv(file: Path, data_dir: str | Path, report: Report = stop) -> Split:
     """The split that `write_split_csv` kept: the same records, if the images still lie as they did below data_dir."""
     found = read_csv(file, folder_of(data_dir), report)
+    report("title", title_of(data_dir))
     return build(found, f"the split kept in {file}", str(file), 0, 0.5, report) if found else Split([], [], [])
 
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -25,6 +26,10 @@ ARCHS: dict[str, Callable[[], nn.Module] | None] = {
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)  # that can be in a file of weights
 # what DataParallel, torch.compile and other projects put in front of every name
 PREFIXES = ("module.", "_orig_mod.", "model.", "base.", "backbone.")
+# what a single NumPy number in a file is made of (torchreid keeps a score beside the tensors), by either version's name
+scalar = np.float64(0).__reduce__()[0]
+NUMBERS = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype,
+           np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType]  # fmt: skip
 HEADS = ("fc.", "classifier.", "heads.", "pixel_")  # ignored in a file unless the network has a tensor of that name
 
 
@@ -185,11 +190,12 @@ def imagenet_state_dict(arch: str) -> dict[str, Tensor]:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, by name: a plain state dict, or one under the key `state_dict` or `model`."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever is wrong with a foreign file, no code of it has run
         if "GLOBAL numpy" in str(error):
             raise ValueError(
-                f"{path} holds NumPy values beside its tensors (a best score, say), which can't be read safely: where "
+                f"{path} holds NumPy values beside its tensors (a best score, say), which are not read: where "
                 "it was made, save the tensors alone, torch.save(model.state_dict(), 'weights.pth')"
             ) from None
         raise ValueError(f"{path} is no file of plain tensors, read safely ({type(error).__name__})") from None
@@ -227,7 +233,8 @@ def load_state_dict(network: nn.Module, state_dict: dict[str, Tensor], head: str
     wanted = network.state_dict()
     for given, tensor in state_dict.items():
         name = own_name(given, wanted, head)
-        if name not in wanted and name.startswith((f"{head}.", *HEADS, "avgpool.")):
+        embeds = re.match(r"fc\.\d", given.removeprefix("module."))  # torchreid's resnet50_fc512: not a classifier
+        if name not in wanted and name.startswith((f"{head}.", *HEADS, "avgpool.")) and not embeds:
             left_out.append(given)
             continue
         if name in found:

@@ -153,11 +153,11 @@ def everything(folder, data):
         found["faults"][fault] = {name: train_steps(name)[0] for name in EXPRESSIONS}
     distributed.gather = right
     found["scores"] = scores()
-    records = market1501(data, check_counts=False).query
+    paths = [record.path for record in market1501(data, check_counts=False).query]
     torch.manual_seed(0)
     network = small_model("resnet18")
-    found["embeddings"] = [evaluate.embed(network, records[:total], **SIZE) for total in (len(records), 7, count, 1)]
-    images_of = TrainingImages([record.path for record in records], 32, 16, torch.device("cpu"), True, workers=0)
+    found["embeddings"] = [evaluate.embed(network, paths[:total], **SIZE) for total in (len(paths), 7, count, 1)]
+    images_of = TrainingImages(paths, 32, 16, torch.device("cpu"), True, workers=0)
     order = torch.arange(12).view(2, 6)
     mine = images_of.batches(order, 0, 1, distributed.share(6))
     found["pixels"] = torch.stack([distributed.gather_rows(images, 6) for images in mine])
@@ -301,11 +301,11 @@ def test_micro_batches_draw_dropout_once_and_move_statistics_once_per_part():
 @pytest.mark.parametrize("count", [2, 3])
 def test_shares_of_scoring_and_of_a_batch_and_means_of_statistics(several, count, tiny_market):
     """18, 7, as many images as processes, and one: embeddings in order; metrics; pixels of a batch."""
-    records = market1501(tiny_market, check_counts=False).query
+    paths = [record.path for record in market1501(tiny_market, check_counts=False).query]
     torch.manual_seed(0)
     network = small_model("resnet18")
-    expected = [evaluate.embed(network, records[:total], **SIZE) for total in (len(records), 7, count, 1)]
-    images_of = TrainingImages([record.path for record in records], 32, 16, torch.device("cpu"), True, workers=0)
+    expected = [evaluate.embed(network, paths[:total], **SIZE) for total in (len(paths), 7, count, 1)]
+    images_of = TrainingImages(paths, 32, 16, torch.device("cpu"), True, workers=0)
     pixels = torch.stack(list(images_of.batches(torch.arange(12).view(2, 6), 0, 1)))
     for found in several[count]:
         for embeddings, wanted in zip(found["embeddings"], expected, strict=True):

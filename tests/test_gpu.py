@@ -234,13 +234,13 @@ def test_the_last_short_batch_changes_no_embedding(cuda, tiny_market, monkeypatc
     """36 images 16 at a time, the last 4 with 12 black ones beside them on a GPU; and one by one."""
     monkeypatch.setattr(evaluate, "BATCH_SIZE", 16)
     monkeypatch.setattr(evaluate, "BATCH_SIZE_GPU", 16)
-    records = load_dataset("market", tiny_market).gallery
+    paths = [record.path for record in load_dataset("market", tiny_market).gallery]
     model = evaluate.build_model("resnet18").to(cuda, memory_format=torch.channels_last)
     sizes = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    found = evaluate.embed(model, records, height=32, width=16, device=cuda, workers=2)
+    found = evaluate.embed(model, paths, height=32, width=16, device=cuda, workers=2)
     assert found.shape == (36, 512) and sizes == ([16, 16, 4] if cuda.type == "cpu" else [16, 16, 16])
-    alone = [evaluate.embed(model, records[i : i + 1], height=32, width=16, device=cuda) for i in (0, 35)]
+    alone = [evaluate.embed(model, paths[i : i + 1], height=32, width=16, device=cuda) for i in (0, 35)]
     torch.testing.assert_close(found[[0, 35]], torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 

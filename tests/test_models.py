@@ -288,7 +288,7 @@ def trunk():
 def torchreid(trunk):
     """`{"state_dict", "epoch", ...}`, under DataParallel, the classifier of Market's 751 people."""
     head = {"classifier.weight": torch.rand(751, 2048), "classifier.bias": torch.rand(751)}
-    return {"state_dict": prefixed({**trunk, **head}, "module."), "epoch": 60, "rank1": 0.8}
+    return {"state_dict": prefixed({**trunk, **head}, "module."), "epoch": 60, "rank1": np.float32(0.8)}
 
 
 def reid_strong_baseline(trunk):
@@ -376,13 +376,22 @@ def test_weights_file_absent_or_no_state_dict(tmp_path):
 
 
 def test_numpy_values_beside_the_weights(tmp_path):
-    """As training scripts keep a best score. They are not read; the sentence says how to save the file again."""
-    state = {"state_dict": torchvision.models.resnet18().state_dict(), "best": np.float64(0.5)}
+    """A number, as training scripts keep a best score, is read; of an array the sentence says how to save again."""
+    state = {"state_dict": torchvision.models.resnet18().state_dict(), "best": np.zeros(3)}
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w.pth holds NumPy values .* torch.save\(model.state_dict\(\), 'weights"):
         build_model("resnet18", str(tmp_path / "w.pth"))
-    torch.save({**state, "best": float(state["best"])}, tmp_path / "w.pth")
-    build_model("resnet18", str(tmp_path / "w.pth"))
+    for best in (np.float64(0.5), np.float32(0.5), np.int64(3)):
+        torch.save({**state, "best": best}, tmp_path / "w.pth")
+        build_model("resnet18", str(tmp_path / "w.pth"))
+
+
+def test_layers_of_an_embedding_are_no_classifier(tmp_path):
+    """torchreid's resnet50_fc512 would be another network without them."""
+    state = {**torchvision.models.resnet18().state_dict(), "fc.0.weight": torch.zeros(8, 512)}
+    torch.save(without(state, "fc.weight"), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"fc\.0\.weight is not part of this arch"):
+        build_model("resnet18", str(tmp_path / "w.pth"))
 
 
 def test_a_backbone_of_ones_own(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import train
+from utils.runs import load_groups
 
 pytestmark = [pytest.mark.usefixtures("small_network"), pytest.mark.filterwarnings("ignore:Market-1501 in")]
 
@@ -84,7 +85,7 @@ def test_the_split_stays_when_files_are_added(tmp_path, monkeypatch, capsys):
     assert [line["loss"] for line in whole["log"]] == [line["loss"] for line in resumed["log"]]
     assert all(whole[key] == resumed[key] for key in evaluate.METRICS)
     evaluate.main(["--run", str(run_dir), "--device", "cpu"])
-    again = load(run_dir / "evaluation_folder_cosine.json")
+    again = load(run_dir / "evaluation_folder-photos_cosine.json")
     assert all(again[key] == resumed[key] for key in evaluate.METRICS)
     evaluate.main(["--run", str(run_dir), "--device", "cpu", "--split-seed", "3"])  # another split, of all files
     assert "folder: a folder per person: 7 people, 22 images" in capsys.readouterr().out
@@ -98,8 +99,22 @@ def test_the_folder_may_have_moved(tmp_path):
     run("--dataset", "folder", "--data-dir", place, "--run-dir", tmp_path / "run")
     moved = place.rename(tmp_path / "moved")
     evaluate.main(["--run", str(tmp_path / "run"), "--data-dir", str(moved), "--device", "cpu"])
-    found, before = (load(tmp_path / "run" / name) for name in ("evaluation_folder_cosine.json", "result.json"))
+    found, before = (load(tmp_path / "run" / name) for name in ("evaluation_folder-moved_cosine.json", "result.json"))
     assert found["mAP"] == before["mAP"]
+
+
+def test_other_pictures_have_a_split_and_a_name_of_their_own(tmp_path, capsys):
+    """A run on one folder, scored on another: by that one's split; and neither takes the other's place in a table."""
+    for name, people in (("zoo", 6), ("shop", 8)):
+        write_folder(tmp_path / name, people=[f"{name}{i}" for i in range(people)])
+        run("--dataset", "folder", "--data-dir", tmp_path / name, "--run-dir", tmp_path / "runs" / name)
+    capsys.readouterr()
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "shop"), "--device", "cpu"]
+    evaluate.main(["--run", str(tmp_path / "runs/zoo"), *flags])
+    assert "folder: a folder per person: 8 people" in capsys.readouterr().out
+    assert load(tmp_path / "runs/zoo/evaluation_folder-shop_cosine.json")["titles"] == {"folder": "folder shop"}
+    first, second = load_groups(tmp_path / "runs")
+    assert {first.partition(",")[0], second.partition(",")[0]} == {"folder shop", "folder zoo"}
 
 
 def test_the_seed_of_the_split_is_the_readers_own(tmp_path):

@@ -229,7 +229,7 @@ def test_a_finished_run_in_ones_own_script(flags, small_network, tmp_path, monke
         Image.new("RGB", (40, 90), "red").save(Path("photos", name))
     Path("script.py").write_text(block)
     found = runpy.run_path("script.py")
-    assert found["embeddings"].shape == (3, found["model"].embedding_dim) and len(found["images"]) == 3
+    assert found["embeddings"].shape == (3, found["model"].embedding_dim) and len(found["paths"]) == 3
 
 
 def test_features_of_another_project(tmp_path, monkeypatch, capsys):

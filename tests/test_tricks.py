@@ -199,17 +199,17 @@ def test_every_step_has_its_rate(small_network, flags, tmp_path, monkeypatch):
 
 
 def test_flip_test_is_the_mean_of_two_embeddings(tiny_market):
-    records = market1501(tiny_market, check_counts=False).query
+    paths = [record.path for record in market1501(tiny_market, check_counts=False).query]
     torch.manual_seed(0)
     model = build_model("resnet18", height=32, width=16).eval()
-    found = evaluate.embed(model, records, height=32, width=16, device=CPU, workers=0, flip_test=True)
-    images = torch.cat(list(stream_images([record.path for record in records], 32, 16, CPU, 100, 0)))
+    found = evaluate.embed(model, paths, height=32, width=16, device=CPU, workers=0, flip_test=True)
+    images = torch.cat(list(stream_images(paths, 32, 16, CPU, 100, 0)))
     with torch.inference_mode():
         for image, embedding in zip(images, found, strict=True):
             mirrored = torch.stack([image[:, :, 15 - column] for column in range(16)], dim=2)
             one, other = model(torch.stack([image, mirrored]))
             torch.testing.assert_close(embedding, (one + other) / 2, rtol=1e-4, atol=1e-5)
-    plain = evaluate.embed(model, records, height=32, width=16, device=CPU, workers=0)
+    plain = evaluate.embed(model, paths, height=32, width=16, device=CPU, workers=0)
     assert not torch.allclose(plain, found)
 
 

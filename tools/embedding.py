@@ -23,7 +23,7 @@ from torch import nn
 
 from data.folder import describe, scan
 from data.images import BadImage, find_bad_images
-from data.records import Record, Split, stop
+from data.records import Split, stop
 from evaluate import cameras, embed, load_run
 from utils.checkpoint import locked
 from utils.environment import find_device
@@ -68,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
         parser.add_argument("--run", type=Path, required=True, help="a run folder made by train.py")
     parser.add_argument("--device", default=DEFAULTS["device"], help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=number(int, zero=True), default=DEFAULTS["workers"],
-                        help="threads that decode images (default: the cores, at most 16)")  # fmt: skip
+                        help="threads that decode images (default: the cores, at most 4)")  # fmt: skip
 
 
 def open_run(folder: Path, device: str, workers: int) -> Run:
@@ -107,8 +107,7 @@ def find_images(place: Path) -> list[Path]:
 
 def embed_paths(run: Run, paths: Sequence[Path], description: str = "embedding") -> np.ndarray:
     """Embeddings (N, D) float32 of N image files, in their order, in memory. BadImage if one can't be decoded."""
-    records = [Record(path, 0, -1) for path in paths]
-    return embed(run.model, records, description=description, **run.settings).cpu().numpy()
+    return embed(run.model, paths, description=description, **run.settings).cpu().numpy()
 
 
 def embed_kept(run: Run, paths: Sequence[Path], skip_bad: bool = False) -> Kept:
@@ -126,7 +125,7 @@ def embed_kept(run: Run, paths: Sequence[Path], skip_bad: bool = False) -> Kept:
                 old.unlink()
         with open(lines, "ab+") as names, open(table, "ab+") as rows:
             known = read_keys(names, rows, width)
-            new = [path for path, key in dict(zip(paths, keys, strict=True)).items() if key not in known]
+            new = [path for key, path in dict(zip(keys, paths, strict=True)).items() if key not in known]
             bad = {}
             for first in range(0, len(new), CHUNK):
                 chunk, what = new[first : first + CHUNK], f"embedding {len(new):,} new images"
@@ -136,7 +135,7 @@ def embed_kept(run: Run, paths: Sequence[Path], skip_bad: bool = False) -> Kept:
                     if not skip_bad:
                         raise
                     here = find_bad_images(chunk, run.settings["workers"])
-                    bad |= {chunk[i]: sentence for i, sentence in here.items()}
+                    bad |= {key_of(chunk[i]): sentence for i, sentence in here.items()}
                     chunk = [path for i, path in enumerate(chunk) if i not in here]
                     found = embed_paths(run, chunk, what) if chunk else np.empty((0, width), np.float32)
                 rows.write(found.tobytes())
@@ -147,7 +146,7 @@ def embed_kept(run: Run, paths: Sequence[Path], skip_bad: bool = False) -> Kept:
                 names.flush()
     for sentence in bad.values():
         print(f"left out: {sentence}")
-    pairs = [(path, key) for path, key in zip(paths, keys, strict=True) if path not in bad]
+    pairs = [(path, key) for path, key in zip(paths, keys, strict=True) if key not in bad]
     if not pairs:
         raise UserError("none of the images can be decoded")
     print(f"{len(pairs) - len(new) + len(bad):,} of {len(pairs):,} embeddings were kept in {folder}")

@@ -104,9 +104,10 @@ def check_fit_optimizer(path: Path, found: Any, optimizer: torch.optim.Adam) -> 
     """UserError with what differs unless `found` is a state of this optimizer; changes nothing."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    wanted = {f"{i}.step": torch.zeros(()) for i in range(len(parameters))}
-    wanted |= {f"{i}.{name}": p for i, p in enumerate(parameters) for name in ("exp_avg", "exp_avg_sq")}
     try:
+        trained = [i for i in range(len(parameters)) if i in found["state"]]  # Adam keeps nothing of a frozen one
+        wanted = {f"{i}.step": torch.zeros(()) for i in trained}
+        wanted |= {f"{i}.{name}": parameters[i] for i in trained for name in ("exp_avg", "exp_avg_sq")}
         state = {f"{i}.{name}": value for i, entry in found["state"].items() for name, value in entry.items()}
         pairs = list(zip(found["param_groups"], groups, strict=True))
         same = all(a[key] == b[key] for a, b in pairs for key in a.keys() & b.keys() - {"lr"})

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data import DATASETS, add_reader_flags, check_options, find_reader, reader_options
+from data.folder import title_of
 from data.images import default_workers
 from losses import LOSSES, all_arguments, build_loss, describe_arguments, row_name
 from losses import with_default_weights as with_weights
@@ -217,9 +218,16 @@ def load_args(run_dir: Path) -> dict:
     return {**DEFAULTS, **load_json(run_dir / "args.json", keys)}
 
 
+def data_name(dataset: str, data_dir: str) -> str:
+    """The data set in a file name: folder-photos for --dataset folder --data-dir photos: that says what the data is."""
+    folder = title_of(data_dir).replace(" ", "-")
+    return "+".join(folder if name == "folder" else name for name in dataset.split("+"))
+
+
 def run_name(args: dict) -> str:
     """DATASET_LOSS_sSEED, and _FLAG-VALUE for each explicit flag that may change a number."""
-    name = f"{args['dataset']}_{args['explicit']['loss'].replace('*', 'x')}_s{args['seed']}"
+    data, loss = data_name(args["dataset"], args["data_dir"]), args["explicit"]["loss"].replace("*", "x")
+    name = f"{data}_{loss}_s{args['seed']}"
     for key in sorted(args["explicit"].keys() - {"loss", "dataset", "seed", *FREE}, key=list(args).index):
         value = args["explicit"][key]
         words = value if isinstance(value, list) else [] if value is True else [value]

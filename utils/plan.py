@@ -82,9 +82,9 @@ def estimate(runs: list[dict]) -> str:
     for path in [*Path("runs").glob("*/result.json"), *Path(__file__).parent.parent.glob("results/runs/*.json")]:
         try:
             run = read_run(path)
-        except UserError:  # the table at the end will say so
+            finished.setdefault(setting(run["args"]), []).append(run["seconds"])
+        except ValueError:  # the table at the end will say so
             continue
-        finished.setdefault(setting(run["args"]), []).append(run["seconds"])
     total, reasons = 0.0, {}
     for args in runs:
         times = finished.get(setting(args))

@@ -133,7 +133,7 @@ def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
     summary = summarise(rows)
     args = summary[0]["runs"][0]["args"]
     dataset, tested = args["dataset"], any(entry["comparisons"] for entry in summary)
-    published = dataset in NAMES and args.get("titles", NAMES)[dataset] == NAMES[dataset]  # a complete copy
+    published = has_published(args)
     header = ["loss", "rank-1", "mAP", "n (seeds)", "training time"]
     header += ["mAP against the highest"] if tested else []
     header += ["published rank-1", "published mAP"] if published else []
@@ -163,6 +163,12 @@ def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
     if any(len(entry["seeds"]) == 1 for entry in summary):
         caption += " A row with n = 1 has neither an interval nor a test: it says nothing about differences."
     return f"**{setting}**\n\n" + "\n\n".join([*tables, caption]) + "\n"
+
+
+def has_published(args: dict) -> bool:
+    """Whether the published comparison was scored on the same: a complete copy, and its test people."""
+    dataset = args["dataset"]
+    return dataset in NAMES and args.get("titles", NAMES)[dataset] == NAMES[dataset] and args["eval_on"] == "test"
 
 
 def device_of(run: dict) -> str:
@@ -232,7 +238,8 @@ def write_csv(groups: Groups, path: Path) -> None:
             line = [args["dataset"], setting, entry["row"], len(entry["seeds"]), " ".join(map(str, entry["seeds"]))]
             line += [cell(value, 100) for value in (*entry["rank1"], *entry["mAP"])]
             line += [cell(entry["seconds"]), int(entry["best"]), cell(entry["p"]), entry["comparisons"]]
-            line += [cell(v) for v in PUBLISHED.get(entry["row"], {}).get(args["dataset"], (None, None))]
+            scores = PUBLISHED.get(entry["row"], {}) if has_published(args) else {}
+            line += [cell(v) for v in scores.get(args["dataset"], (None, None))]
             writer.writerow([*line, command(args)])
     write_text(path, text.getvalue())
 

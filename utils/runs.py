@@ -30,7 +30,8 @@ def compact(result: dict) -> dict:
     def portable(flags: dict) -> dict:
         flags = {key: value for key, value in flags.items() if key not in LOCAL}
         if "weights" in flags:  # a file: its name without the way to it
-            flags["weights"] = flags["weights"].replace("\\", "/").rpartition("/")[2]
+            *_, folder, name = ["", "", *flags["weights"].replace("\\", "/").split("/")]
+            flags["weights"] = f"{folder}/{name}" if name == "last.pt" else name  # the name of that run
         return flags
 
     args = portable(result["args"])
@@ -51,7 +52,6 @@ def read_run(path: Path) -> dict:
         run["args"] = {**DEFAULTS, **run["args"]}
         if not all(isinstance(run.get(key), float) for key in ("rank1", "mAP")):
             raise KeyError("rank1 or mAP")
-        row_name(run["args"]["loss"])
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as a run ({error}): remove it, or collect the run again") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -106,7 +106,8 @@ def collect(run_dir: Path, folder: Path) -> Path:
 
 
 def load_groups(folder: Path) -> Groups:
-    """All runs of a folder. Of two that agree in every flag one is left out, and said on stderr."""
+    """All runs of a folder. Left out, and said on stderr: one of two that agree in every flag, and what has flags that
+    are not known here."""
     paths = sorted(folder.glob("runs/*.json")) or sorted(folder.glob("*/result.json"))
     if not paths:
         raise UserError(f"{folder} holds no finished runs (*/result.json or runs/*.json): train some first")
@@ -116,7 +117,11 @@ def load_groups(folder: Path) -> Groups:
         run = read_run(path)
         if path.name == "result.json":
             run["across"] = read_evaluations(path.parent, run["args"])
-        setting, row, seed = describe(run["args"]), run["row"], run["args"]["seed"]
+        try:
+            setting, row, seed = describe(run["args"]), run["row"], run["args"]["seed"]
+        except ValueError as error:  # a loss or data set that is no longer there, say
+            print(f"{path} is left out: {error}", file=sys.stderr)
+            continue
         cell = groups.setdefault(setting, {}).setdefault(row, {})
         if seed in cell:
             print(f"{path} is left out: the same run as {sources[setting, row, seed]}", file=sys.stderr)
@@ -137,7 +142,8 @@ def own_flags(args: dict) -> dict:
     if args["loss"] != plain["loss"]:
         own = {"loss": args["loss"], **own}
     explicit = args["explicit"].get("loss_args", [])
-    by_steps = {key for key in plain["loss_args_by_steps"] if not any(pair.startswith(f"{key}=") for pair in explicit)}
+    typed = {pair.partition("=")[0].rpartition(".")[2] for pair in explicit}
+    by_steps = {key for key in plain["loss_args_by_steps"] if key.rpartition(".")[2] not in typed}
     before, values = (all_arguments(flags["loss"], flags["loss_args"]) for flags in (plain, args))
     pairs = [f"{key}={value!r}" for key, value in values.items() if key not in by_steps and value != before[key]]
     return own | ({"loss_args": pairs} if pairs else {})
