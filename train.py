@@ -40,12 +40,12 @@ from utils.flags import (
     SCORING,
     build_parser,
     command_line,
-    count_steps,
     load_args,
     new_run,
     resumed_run,
     run_name,
     show_flags,
+    work_out,
 )
 from utils.seed import seed_everything, set_backends
 from utils.tensorboard import open_board
@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # -------------------------------------------------------------------------------------------------- model and loss
     if not resumed:
-        args = count_steps(args, len(sampler) * args["epochs"]) | {"environment": here, "num_classes": num_classes}
+        args = work_out(args, len(sampler) * args["epochs"], num_classes)
+        args |= {"environment": here, "num_classes": num_classes}
         held_out = tests["val"].query + tests["val"].gallery if args["eval_on"] == "val" else []
         args |= {"val_pids": sorted({r.pid for r in held_out}), "titles": data.titles, "notes": data.notes}
     seed_everything(args["seed"])

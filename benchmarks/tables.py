@@ -159,10 +159,10 @@ def losses_h100() -> str:
 
 
 def losses_cpu() -> str:
-    result = load(f"losses_{XEON}")
+    result = load(f"losses_{EPYC}")
     rows = [r for r in result["rows"] if r["batch_size"] == 64 and r["num_classes"] in (None, 751)]
     times, step = [r["milliseconds"]["median"] for r in rows], result["network"]["milliseconds"]["cpu"]["bfloat16"]
-    return (f"Two threads of an Intel Xeon, batches of 64, 751 classes: {min(times):.1f} to {max(times):.1f} ms, "
+    return (f"Two threads of an AMD EPYC, batches of 64, 751 classes: {min(times):.1f} to {max(times):.1f} ms, "
             f"at most {100 * max(times) / step['median']:.2f} % of a step of ResNet-50.")  # fmt: skip
 
 

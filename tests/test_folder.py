@@ -69,7 +69,8 @@ def test_a_folder_per_person(tmp_path):
     check_true_matches(split)
     assert told == [
         "a folder per person: 8 people, 40 images, cameras unknown (40 images without _cN) and so ignored",
-        "split by seed 0: 4 people for training (20 images), 4 for testing (4 queries, each 25 points of rank-1, 16 gallery images)",
+        "split by seed 0: 4 people for training (20 images), "
+        "4 for testing (4 queries, each 25 points of rank-1, 16 gallery images)",
     ]
     assert load_datasets("folder", tmp_path, OPTIONS).notes == [f"folder: {line}" for line in told]
 

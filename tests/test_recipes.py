@@ -11,11 +11,23 @@ import pytest
 import train
 from data import DATASETS
 from losses import LOSSES, ROWS, TWELVE, build_loss, parse_expression, row_name, settable_arguments
-from utils.flags import DEFAULTS, FREE, SCORING, build_parser, command_line, count_steps, new_run, run_name, show_flags
+from utils.flags import (
+    DEFAULTS,
+    FREE,
+    SCORING,
+    WORKED_OUT,
+    build_parser,
+    command_line,
+    least_scale,
+    new_run,
+    run_name,
+    show_flags,
+    work_out,
+)
 from utils.recipes import RECIPES, recipe_values
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = ("loss_args", "loss_args_by_steps", "loss_weights", "loss_lr")  # what rows of the controlled recipe may set
+OWN = ("loss_args", *WORKED_OUT, "loss_weights", "loss_lr")  # what rows of the controlled recipe may set
 
 
 def run_of(loss="softmax", dataset="market", **explicit):
@@ -41,8 +53,8 @@ def values_of(loss_fn):
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_gives_flags_that_exist_and_a_loss_that_can_be_built(recipe, dataset, row):
     values = recipe_values(recipe, row, dataset)
-    assert values.keys() - {"loss_args", "loss_args_by_steps", "loss_weights"} <= DEFAULTS.keys()
-    args = count_steps(run_of(row, dataset, recipe=recipe), 1000)
+    assert values.keys() - {"loss_args", *WORKED_OUT, "loss_weights"} <= DEFAULTS.keys()
+    args = work_out(run_of(row, dataset, recipe=recipe), 1000, 100)
     assert row_name(args["loss"]) == row and args.keys() == {*DEFAULTS, "loss", "dataset", "loss_args", "explicit"}
     build_loss(args["loss"], 10, 8, args["loss_args"])
 
@@ -142,20 +154,32 @@ def test_a_number_by_steps_is_divided_once_they_are_known():
     """398 over the number of steps, whatever data set and batch: lambda reaches 5 half-way. By hand: 398 / 1000."""
     args = run_of("sphereface")
     assert args["loss_args_by_steps"] == {"sphereface.lambda_gamma": 398} and args["loss_args"] == []
-    counted = count_steps(args, 1000)
+    counted = work_out(args, 1000, 100)
     assert counted["loss_args"] == ["sphereface.lambda_gamma=0.398"] and "loss_args_by_steps" not in counted
     loss_fn = build_loss("sphereface", 10, 8, counted["loss_args"])
     assert float(loss_fn.annealing(500)) == pytest.approx(5.0)
     assert float(loss_fn.annealing(250)) > 9 and float(loss_fn.annealing(1000)) == 5
-    assert count_steps(args, 300)["loss_args"] == [f"sphereface.lambda_gamma={398 / 300!r}"]
-    assert count_steps(args, 0)["loss_args"] == ["sphereface.lambda_gamma=398.0"]  # an untrained network
+    assert work_out(args, 300, 100)["loss_args"] == [f"sphereface.lambda_gamma={398 / 300!r}"]
+    assert work_out(args, 0, 100)["loss_args"] == ["sphereface.lambda_gamma=398.0"]  # an untrained network
+
+
+def test_a_scale_follows_the_number_of_people():
+    """CosFace's lower bound by hand: of 20 people 19 / 20 * ln(19 * 999) = 9.36, of 751 13.51; a typed scale wins."""
+    assert least_scale(20) == pytest.approx(9.3586, abs=1e-4) and least_scale(751) == pytest.approx(13.5088, abs=1e-4)
+    for loss in ("cosface", "arcface", "subcenter_arcface", "adaface"):
+        for people, scale in ((20, 9.4), (751, 13.5)):
+            assert build_loss(loss, people, 8, work_out(run_of(loss, "folder"), 1, people)["loss_args"]).scale == scale
+        typed_scale = work_out(run_of(loss, "folder", loss_args=["scale=30"]), 1, 20)
+        assert build_loss(loss, 20, 8, typed_scale["loss_args"]).scale == 30
+    line, note = show_flags(run_of("arcface", "folder")).splitlines()
+    assert note == "# arcface.scale=1.0 x the least scale for the number of people" and "arcface.scale" not in line
 
 
 @pytest.mark.parametrize("pair", ["lambda_gamma=0.5", "sphereface.lambda_gamma=0.5"])
 def test_an_explicit_number_wins_over_one_by_steps(pair):
-    args = count_steps(run_of("sphereface", loss_args=[pair]), 1000)
+    args = work_out(run_of("sphereface", loss_args=[pair]), 1000, 100)
     assert build_loss("sphereface", 10, 8, args["loss_args"]).lambda_gamma == 0.5
-    again = count_steps(new_run(typed(show_flags(run_of("sphereface", loss_args=[pair])))), 1000)
+    again = work_out(new_run(typed(show_flags(run_of("sphereface", loss_args=[pair])))), 1000, 100)
     assert build_loss("sphereface", 10, 8, again["loss_args"]).lambda_gamma == 0.5
 
 
@@ -211,8 +235,8 @@ def test_show_recipe_prints_flags_that_give_the_same_run(recipe, dataset, capsys
     """What it prints can be typed: parsed again, it gives the same flags and the same loss."""
     for row in ROWS:
         train.main(["--loss", row, "--dataset", dataset, "--recipe", recipe, "--show-recipe"])
-        again = count_steps(new_run(typed(capsys.readouterr().out)), 500)
-        args = count_steps(run_of(row, dataset, recipe=recipe), 500)
+        again = work_out(new_run(typed(capsys.readouterr().out)), 500, 100)
+        args = work_out(run_of(row, dataset, recipe=recipe), 500, 100)
         for key in args.keys() - {"recipe", "loss_args", "explicit"}:
             assert again[key] == args[key], f"{row}: {key}"
         losses = [build_loss(flags["loss"], 10, 8, flags["loss_args"]) for flags in (args, again)]
@@ -244,7 +268,7 @@ def test_show_recipe_by_hand():
 def test_show_recipe_of_a_run_that_began(tmp_path, capsys):
     """Flags of its args.json, the worked-out loss arguments among them: they can be typed."""
     explicit = {"loss": "sphereface", "dataset": "market", "epochs": 7}
-    args = {**count_steps(new_run(explicit), 200), "environment": {}, "num_classes": 5}
+    args = {**work_out(new_run(explicit), 200, 100), "environment": {}, "num_classes": 5}
     (tmp_path / "args.json").write_text(json.dumps(args))
     train.main(["--resume", "--run-dir", str(tmp_path), "--show-recipe"])
     again = typed(capsys.readouterr().out)

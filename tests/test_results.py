@@ -14,7 +14,7 @@ import scipy.stats
 from data import reader_options
 from losses import TWELVE, all_arguments, row_name
 from utils import figure, results
-from utils.flags import DEFAULTS, FREE, build_parser, count_steps, new_run
+from utils.flags import DEFAULTS, FREE, build_parser, new_run, work_out
 from utils.runs import collect, compact, describe, load_groups, own_flags
 from utils.statistics import holm, interval, paired_p
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def result(loss="softmax", seed=0, mAP=0.5, rank1=0.7, dataset="synthetic", seconds=60.0, titles=None, **flags):
     """What train.py writes: its own flags, a log of as many epochs, made-up scores."""
     explicit = {"loss": loss, "dataset": dataset, "seed": seed, "data_dir": "/home/me/data", **flags}
-    args = count_steps(new_run(explicit), 39 * 5)
+    args = work_out(new_run(explicit), 39 * 5, 100)
     environment = {"commit": "c0ffee", "python": "3.11.7", "torch": "2.9.0", "device": "cpu (x86_64)", "threads": 2}
     args |= {"environment": environment, "num_classes": 150, "val_pids": [3, 5], "notes": ["/home/me/data: a folder"]}
     args |= {"titles": titles} if titles else {}
@@ -316,7 +316,7 @@ def test_the_command_of_a_row_gives_that_run(flags):
     run = result(seed=3, **flags)
     words = shlex.split(results.command(run["args"]))
     assert words[:2] == ["python", "train.py"] and not {"--workers", "--data-dir"} & {*words}
-    again = count_steps(new_run(vars(build_parser().parse_args(words[2:]))), 39 * 5)
+    again = work_out(new_run(vars(build_parser().parse_args(words[2:]))), 39 * 5, 100)
     assert {k: again[k] for k in DEFAULTS.keys() - {*FREE}} == {k: run["args"][k] for k in DEFAULTS.keys() - {*FREE}}
     assert again["loss"] == run["args"]["loss"] and sorted(again["loss_args"]) == sorted(run["args"]["loss_args"])
 

@@ -69,6 +69,8 @@ DEFAULTS = {
 }
 FREE = ("data_dir", "workers", "cache", "device", "eval_every", "save_every", "tensorboard")  # change no number
 OPPOSITES = ("random_crop", "tf32", "flip_test")  # switches that --no-... turns off
+WORKED_OUT = {"loss_args_by_steps": "/ number of training steps",
+              "loss_args_by_people": "x the least scale for the number of people"}  # fmt: skip
 SCORING = ("metric", "ignore_cameras", "flip_test")  # change no number of a training but its score
 
 
@@ -190,14 +192,21 @@ def new_run(explicit: dict) -> dict:
     args["loss_args"] = [f"{key}={value!r}" for key, value in values.get("loss_args", {}).items()]
     args["loss_args"] += explicit.get("loss_args", [])
     build_loss(args["loss"], 2, 2, args["loss_args"])  # is all of it known?
-    return {"loss_args_by_steps": {}, **args, "explicit": explicit}
+    return {"loss_args_by_steps": {}, "loss_args_by_people": {}, **args, "explicit": explicit}
 
 
-def count_steps(args: dict, num_steps: int) -> dict:
-    """The flags with the loss arguments worked out that depend on the number of training steps."""
-    by_steps = {key: value / max(num_steps, 1) for key, value in args["loss_args_by_steps"].items()}
-    worked_out = [f"{key}={value!r}" for key, value in by_steps.items()]
-    args = {key: value for key, value in args.items() if key != "loss_args_by_steps"}
+def least_scale(num_people: int) -> float:
+    """The scale at which a softmax over cosines can just give one class of C (2 or more) the probability P = 0.999:
+    (C - 1) / C * ln((C - 1) P / (1 - P)), the lower bound of CosFace (Wang et al. 2018, section 3.3)."""
+    return (num_people - 1) / num_people * math.log((num_people - 1) * 0.999 / 0.001)
+
+
+def work_out(args: dict, num_steps: int, num_people: int) -> dict:
+    """The flags with the loss arguments that depend on the number of training steps, or of people in training."""
+    found = {key: value / max(num_steps, 1) for key, value in args["loss_args_by_steps"].items()}
+    found |= {key: round(value * least_scale(num_people), 1) for key, value in args["loss_args_by_people"].items()}
+    worked_out = [f"{key}={value!r}" for key, value in found.items()]
+    args = {key: value for key, value in args.items() if key not in WORKED_OUT}
     return {**args, "loss_args": worked_out + args["loss_args"]}
 
 
@@ -242,18 +251,18 @@ def run_name(args: dict) -> str:
 def show_flags(args: dict) -> str:
     """What --show-recipe prints: all flags but those of the machine, as one would type them, and every loss argument.
 
-    What depends on the number of training steps can't be typed: it follows in a line of its own.
+    What depends on the number of training steps or people can't be typed: it follows in a line of its own.
     """
     typed = {pair.partition("=")[0].rpartition(".")[2] for pair in args["loss_args"]}  # a value that was given wins
-    by_steps = {key: value for key, value in args.get("loss_args_by_steps", {}).items()
-                if key.rpartition(".")[2] not in typed}  # fmt: skip
+    later = {key: f"{value} {words}" for kind, words in WORKED_OUT.items() for key, value in args.get(kind, {}).items()
+             if key.rpartition(".")[2] not in typed}  # fmt: skip
     pairs = [f"{key}={value!r}" for key, value in all_arguments(args["loss"], args["loss_args"]).items()
-             if key not in by_steps]  # fmt: skip
+             if key not in later]  # fmt: skip
     others = [key for key, option in reader_options().items() if not {*args["dataset"].split("+")} & {*option.datasets}]
     left_out = ["recipe", "explicit", *FREE, *others, *(["p", "k"] if args["sampler"] == "random" else [])]
     keys = ["loss", "dataset", "loss_args", *(key for key in DEFAULTS if key not in left_out)]
     line = command_line({key: args[key] for key in keys} | {"loss_args": pairs})
-    notes = [f"# {key}={value} / number of training steps" for key, value in by_steps.items()]
+    notes = [f"# {key}={text}" for key, text in later.items()]
     return "\n".join([line, *notes])
 
 

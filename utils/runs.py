@@ -12,7 +12,7 @@ from data import reader_options
 from losses import all_arguments, row_name
 from utils.errors import UserError
 from utils.files import load_json, write_text
-from utils.flags import DEFAULTS, FREE, SCORING, command_line, new_run
+from utils.flags import DEFAULTS, FREE, SCORING, WORKED_OUT, command_line, new_run
 
 NAMES = {"market": "Market-1501", "duke": "DukeMTMC-reID"}
 LOCAL = ("data_dir", "run_dir", "val_pids", "notes")  # what belongs to one machine: never collected
@@ -143,9 +143,9 @@ def own_flags(args: dict) -> dict:
         own = {"loss": args["loss"], **own}
     explicit = args["explicit"].get("loss_args", [])
     typed = {pair.partition("=")[0].rpartition(".")[2] for pair in explicit}
-    by_steps = {key for key in plain["loss_args_by_steps"] if key.rpartition(".")[2] not in typed}
+    later = {key for kind in WORKED_OUT for key in plain[kind] if key.rpartition(".")[2] not in typed}
     before, values = (all_arguments(flags["loss"], flags["loss_args"]) for flags in (plain, args))
-    pairs = [f"{key}={value!r}" for key, value in values.items() if key not in by_steps and value != before[key]]
+    pairs = [f"{key}={value!r}" for key, value in values.items() if key not in later and value != before[key]]
     return own | ({"loss_args": pairs} if pairs else {})
 
 
