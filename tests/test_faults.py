@@ -32,7 +32,15 @@ from benchmarks.machine import write_result
 from data.images import BadImage, decode
 from losses import LOSSES
 from models.backbone import build_model
-from utils.checkpoint import check_fit, load_checkpoint, load_log, locked, save_checkpoint, save_log
+from utils.checkpoint import (
+    check_fit,
+    check_fit_optimizer,
+    load_checkpoint,
+    load_log,
+    locked,
+    save_checkpoint,
+    save_log,
+)
 from utils.errors import UserError
 from utils.features import Features, load_features, save_features
 from utils.files import load_json, save_json, write_atomically
@@ -709,6 +717,7 @@ def test_what_a_resumed_run_may_change(half_way, whole, tiny_market, tmp_path):
     run("--resume", "--run-dir", half_way, *flags)
     result = load_json(half_way / "result.json")
     assert {key: result["args"][key] for key in changed} == changed
+    assert load_json(half_way / "args.json")["metric"] == "euclidean"  # evaluate.py goes by it, too
     assert [name for name in differences(whole[0], half_way) if name.startswith("last.pt:")] == []
     before = load_json(whole[0] / "result.json")
     assert result["mAP"] != before["mAP"] and result["log"][0]["mAP"] == before["log"][0]["mAP"]
@@ -739,6 +748,19 @@ def refused(run_dir):
         run("--resume", "--run-dir", run_dir)
     assert contents(run_dir) == before
     return str(caught.value)
+
+
+def test_a_frozen_parameter_has_no_state_and_fits(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    check_fit_optimizer(tmp_path, optimizer.state_dict(), optimizer)
+    state = optimizer.state_dict()
+    state["state"][2]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(UserError, match=r"2.exp_avg is .*\(3,\)"):
+        check_fit_optimizer(tmp_path, state, optimizer)
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(half_way, whole, tiny_market, tmp_path, monkeypatch):

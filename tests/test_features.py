@@ -87,6 +87,17 @@ def test_without_cameras(tmp_path, capsys, name):
         evaluate.main(["--features", str(bare), "--ignore-cameras", "--device", "cpu"])
 
 
+def test_an_unknown_camera_is_said_if_it_counts(tmp_path, capsys):
+    """That of a distractor (0) or of junk (-1) can't: their images are in nobody's own camera."""
+    query, gallery = np.eye(2, dtype=np.float32), np.eye(4, 2, dtype=np.float32)
+    arrays = {"query": query, "query_pids": [1, 2], "query_camids": [0, 0], "query_paths": ["a", "b"]}
+    arrays |= {"gallery": gallery, "gallery_pids": [1, 2, 0, -1], "gallery_paths": ["c", "d", "e", "f"]}
+    for name, camids in (("others.npz", [1, 1, -1, -1]), ("own.npz", [1, -1, 0, 0])):
+        np.savez(tmp_path / name, gallery_camids=camids, **arrays)
+        evaluate.main(["--features", str(tmp_path / name)])
+        assert ("a camera is unknown (-1)" in capsys.readouterr().out) == (name == "own.npz")
+
+
 @pytest.mark.parametrize("name", ["f.npz", "f"])
 def test_what_exists_is_kept(tmp_path, name):
     save_features(tmp_path / name, features())

@@ -103,6 +103,15 @@ def test_only_new_and_changed_images_are_embedded(run, tiny_market, tmp_path, mo
     assert all((found[path] == row).all() for path, row in list(zip(paths, first, strict=True))[3:])
 
 
+def test_a_file_by_two_spellings_is_one(run, tiny_market):
+    """Both new at once: the rows of the files after it stay theirs."""
+    first, second, third = sorted((tiny_market / "query").iterdir())[:3]
+    paths = [first, first.parent / ".." / "query" / first.name, second, third]
+    opened = embedding.open_run(run, "cpu", 1)
+    expected = embedding.embed_paths(opened, [first, first, second, third])
+    assert (embedding.embed_kept(opened, paths)[:] == expected).all()
+
+
 def test_a_stopped_tool_keeps_what_it_has_embedded(run, tiny_market, monkeypatch):
     """Killed between rows and lines, within a line, or within a row: what is whole is used, the rest made anew."""
     paths, opened = sorted((tiny_market / "query").iterdir()), embedding.open_run(run, "cpu", 1)

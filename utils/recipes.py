@@ -29,11 +29,16 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "sphereface": {"loss_args_by_steps": {"sphereface.lambda_gamma": 398}},
         "arcface": {"loss_args": {"arcface.margin": 0.1}},  # the margin behind the published table's row
         "proxy_anchor": {"loss_lr": 3.5e-2},  # 100 x the network's, as the authors' proxies learn
-        # People's own pictures: tens of people rather than hundreds. A scale of 64 is learned by heart at once, and a
-        # ranking of others comes out poor. Tried on 20 to 150 generated people: results/small_sets.
-        **{f"{row}@folder": {"loss_lr": 1e-3} for row in ("softmax", "softmax+triplet", "softmax+center", "focal")},
-        **{f"{row}@folder": {"loss_args": {f"{row}.margin": 0.1}, "loss_args_by_people": {f"{row}.scale": 1.0},
-                             "loss_lr": 1e-3} for row in ("cosface", "arcface", "subcenter_arcface", "adaface")},
+        # Own pictures show tens of people rather than hundreds: with a scale of 64 so few are told apart at once, and
+        # nothing is left to learn. What was tried: results/README.md, "Small sets".
+        **{
+            f"{row}@folder": {
+                "loss_args": {f"{row}.margin": 0.1},
+                "loss_args_by_people": {f"{row}.scale": 1.0},
+                "loss_lr": 1e-3,
+            }
+            for row in ("cosface", "arcface", "subcenter_arcface", "adaface")
+        },
         # Chosen by benchmarks/tune.py on held-out training identities of the generated data set, at the quick size:
         # results/tuning/synthetic.jsonl. They hold for generated pedestrians only.
         "softmax@synthetic": {"loss_lr": 0.001},

@@ -52,6 +52,8 @@ def read_run(path: Path) -> dict:
         run["args"] = {**DEFAULTS, **run["args"]}
         if not all(isinstance(run.get(key), float) for key in ("rank1", "mAP")):
             raise KeyError("rank1 or mAP")
+        if not {"loss", "dataset"} <= run["args"].keys():
+            raise KeyError("loss or dataset")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as a run ({error}): remove it, or collect the run again") from None
     except (KeyError, TypeError, AttributeError) as error:
