@@ -20,7 +20,9 @@ import train
 from losses import ROWS
 from utils import plan, results
 from utils.flags import build_parser, new_run
+from utils.orders import signed
 from utils.runs import describe, load_groups
+from utils.statistics import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -56,7 +58,7 @@ def calls(program):
 
 def test_the_two_set_up_commands_are_there_once_and_continuous_integration_finds_them():
     for file, rest in {"requirements.txt": "python train.py --loss arcface --dataset synthetic",
-                       "tests/requirements.txt": "python -m pytest"}.items():  # fmt: skip
+                       "tests/requirements.txt": "python -m pytest -n auto --dist loadfile"}.items():  # fmt: skip
         lines = [line for line in README.splitlines() if f"pip install -r {file} &&" in line]
         assert lines == [f"pip install -r {file} && {rest}"]  # no comment behind: .ci/run appends flags
     script = (ROOT / ".ci/run").read_text()
@@ -167,6 +169,22 @@ def test_the_numbers_of_the_findings():
     softmax = twelve["softmax"]["mAP"][0]
     for loss in ("sphereface", "cosface", "arcface", "focal"):
         assert abs(twelve[loss]["mAP"][0] - softmax) <= 0.0151
+
+    later = {loss: entry for loss, entry in summary.items() if entry["part"] == "later"}
+    assert [loss for loss, entry in later.items() if entry["higher"]] == ["adasp"] and len(later) == 8
+    adasp, highest = (100 * summary[loss]["mAP"][0] for loss in ("adasp", "multi_similarity"))
+    test = f"not shown to be higher, p = {later['adasp']['p']:.2f}; n = 5, 8 comparisons)"
+    assert f"(mAP {adasp:.1f} against {highest:.1f}; {test}" in found
+    lower = {loss for loss, entry in later.items() if entry["p"] < 0.05}
+    p_values = [entry["p"] for loss, entry in later.items() if loss not in {*lower, "adasp"}]
+    assert lower == {"circle", "weighted_triplet"} and len(p_values) == 5
+    assert f"(p = {min(p_values):.2f} to {max(p_values):.2f})" in found
+    for loss in ("adasp", "adaface"):
+        ranked = [json.loads((ROOT / f"results/reranking/{loss}_s{seed}.json").read_text()) for seed in range(5)]
+        assert all((run["k1"], run["k2"], run["lambda_"]) == (20, 6, 0.3) for run in ranked)
+        gains = [signed(*interval([run[key] - controlled[loss][seed][key] for seed, run in enumerate(ranked)]))
+                 for key in ("rank1", "mAP")]  # fmt: skip
+        assert f"{loss} {gains[0]} and {gains[1]}" in found
 
     best = [max(twelve, key=lambda loss: controlled[loss][seed]["mAP"]) for seed in range(5)]
     assert best == ["multi_similarity"] * 3 + ["softmax+triplet"] * 2
