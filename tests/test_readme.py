@@ -19,7 +19,7 @@ import evaluate
 import train
 from losses import ROWS
 from utils import plan, results
-from utils.flags import build_parser, new_run
+from utils.flags import build_parser, least_scale, new_run
 from utils.orders import signed
 from utils.runs import describe, load_groups
 from utils.statistics import interval
@@ -207,6 +207,33 @@ def test_the_numbers_of_the_findings():
     for path in (ROOT / "results/npair/runs").glob("*.json"):
         run = json.loads(path.read_text())
         assert f"{100 * run['rank1']:.1f} / {100 * run['mAP']:.1f}" in found
+
+
+SMALL = {  # what was tried for few people, as the table of results/README.md names it: part of the files' names
+    "arcface, scale 64, margin 0.1 (elsewhere)": "arcface.default",
+    "arcface, scale 16, margin 0.1, head 1e-3": "arcface.16",
+    "arcface, least scale, margin 0.1, head 1e-3": "arcface.bound",
+    "cosface, scale 30, margin 0.35 (elsewhere)": "cosface.default",
+    "cosface, scale 16, margin 0.1, head 1e-3": "cosface.16",
+    "cosface, least scale, margin 0.1, head 1e-3": "cosface.bound",
+    "softmax (elsewhere)": "softmax.default",
+    "softmax, head 1e-3": "softmax.head",
+}
+
+
+def test_the_table_of_small_sets():
+    """Mean mAP and the number of seeds, from the runs; a cell is empty where nothing was run."""
+    shown = RESULTS.partition("## Small sets")[2].partition("\n## ")[0]
+    for name, variant in SMALL.items():
+        cells = []
+        for people in (20, 40, 150):
+            files = sorted((ROOT / "results/small_sets/runs").glob(f"small{people}_{variant}_s*.json"))
+            runs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+            assert all(run["args"]["synthetic_ids"] == people for run in runs)
+            scores = [100 * run["mAP"] for run in runs]
+            cells.append(f"{sum(scores) / len(scores):.1f} ({len(scores)})" if scores else "")
+        assert f"| {' | '.join([name, *cells])} |\n" in shown
+    assert f"{least_scale(20):.1f}, {least_scale(40):.1f} and {least_scale(150):.1f}" in shown
 
 
 def test_the_output_is_that_of_the_recorded_run():
