@@ -247,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
               f"{images_of.where}), {sum(len(split.query) for split in tests.values()):,} queries, "
               f"{sum(len(split.gallery) for split in tests.values()):,} gallery images")  # fmt: skip
         print(f"{' '.join([args['loss'], *args['loss_args']])} on {args['arch']} {args['height']}x{args['width']}, "
-              f"{args['device']}{' bfloat16' if args['amp'] else ''}, {args['epochs']} epochs x {len(sampler)} steps x "
+              f"{args['device']}{' bfloat16' if args['amp'] else ''}, {args['epochs']} epochs x {len(sampler)} "
+              f"step{'s' * (len(sampler) != 1)} x "
               f"{batch_size} images ({args['sampler']}) -> {run_dir}")  # fmt: skip
         for each in SIGNALS:
             signal.signal(each, lambda got, _: stop_signals.append(got) if not stop_signals else sys.exit(128 + got))
