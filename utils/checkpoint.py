@@ -105,7 +105,7 @@ def check_fit_optimizer(path: Path, found: Any, optimizer: torch.optim.Adam) -> 
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        trained = [i for i in range(len(parameters)) if i in found["state"]]  # Adam keeps nothing of a frozen one
+        trained = [i for i, p in enumerate(parameters) if p.requires_grad]  # Adam keeps nothing of a frozen one
         wanted = {f"{i}.step": torch.zeros(()) for i in trained}
         wanted |= {f"{i}.{name}": parameters[i] for i in trained for name in ("exp_avg", "exp_avg_sq")}
         state = {f"{i}.{name}": value for i, entry in found["state"].items() for name, value in entry.items()}
