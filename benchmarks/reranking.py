@@ -193,10 +193,10 @@ def memory_of(way: str, folder: Path, device: str) -> float:
     return memory.extra / GIB
 
 
-def measure(size: str, device: str = "cpu", repeats: int = 3, dim: int = 2048) -> dict:
+def measure(size: str, device: str = "cpu", repeats: int = 3, dim: int = 2048, chosen=tuple(WAYS)) -> dict:
     """A row of results for one of SIZES on "cpu" or "cuda"."""
     queries, images = SIZES[size][:2]
-    ways = [way for way in WAYS if way not in DENSE or (device == "cpu" and images <= SIZES["market"][1])]
+    ways = [way for way in chosen if way not in DENSE or (device == "cpu" and images <= SIZES["market"][1])]
     with tempfile.TemporaryDirectory() as folder:
         evaluator.generate(Path(folder), dim, *SIZES[size])
         rows = in_a_process(times_of, ways, Path(folder), device, repeats)
@@ -241,10 +241,11 @@ def growth(results: list[dict]) -> str:
     """How ours grows: with the square of the images, as its products do."""
     rows = []
     for result in results:
-        mine, alone = result["ways"]["this re-ranking"], result["ways"]["products alone"]
+        mine, alone = result["ways"]["this re-ranking"], result["ways"].get("products alone")
         seconds, images = mine["seconds"]["median"], result["query"] + result["gallery"]
+        share = f"{seconds / alone['seconds']['median']:.2f}" if alone else ""
         rows.append(
-            [result["device"], f"{images:,}", f"{seconds:.2f}", f"{seconds / alone['seconds']['median']:.2f}",
+            [result["device"], f"{images:,}", f"{seconds:.2f}", share,
              f"{1e9 * seconds / images**2:.1f}", f"{mine['extra_gib']:.2f}"]
         )  # fmt: skip
     headers = ["", "images", "seconds", "x products alone", "ns per pair of images", "extra GiB"]
@@ -273,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     default = [size for size in SIZES if size != "quick"]
     add("--sizes", nargs="+", choices=SIZES, default=default, help="sizes to measure")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ours must be among them (default: all)")
     add("--repeats", type=int, default=3, help=f"turns of each way, fewer once it took {SLOW} s in all")
     add("--dim", type=int, default=2048, help="width of the embeddings")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
@@ -283,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         args.sizes, args.repeats, args.dim = ["quick"], 1, min(args.dim, 512)
     payload = {"threads": torch.get_num_threads(), "repeats": args.repeats, "results": []}
     for size in args.sizes:
-        payload["results"].append(measure(size, args.device, args.repeats, args.dim))
+        payload["results"].append(measure(size, args.device, args.repeats, args.dim, args.ways))
         print(table(payload["results"][-1]), "\n", flush=True)
         if not args.quick:  # what is there is kept, whatever comes
             path = write_result("reranking", payload, args.machine or machine_name(args.device))

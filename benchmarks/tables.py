@@ -83,7 +83,7 @@ def reranking_h100() -> str:
 
 def reranking_cpu() -> str:
     lines = []
-    for result in load(f"reranking_{EPYC}")["results"]:
+    for result in load(f"reranking_{EPYC}")["results"] + load(f"reranking_{EPYC}-msmt17")["results"]:
         size = f"{result['query']:,} x {result['gallery']:,}"
         for way, row in result["ways"].items():
             seconds = spread(*(row["seconds"][key] for key in ("median", "min", "max")), ".1f")
