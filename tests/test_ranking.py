@@ -1,5 +1,6 @@
 """utils/ranking.py beside a slow loop typed from the protocol, by hand, and where equal embeddings could go wrong."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -323,15 +324,21 @@ PRECISIONS = {
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
-@pytest.mark.parametrize("setting", PRECISIONS)
-def test_the_product_is_float32_whatever_the_caller_allows(setting):
-    """TF32, bfloat16 and autocast are off inside, and the caller's setting is as before; in a process of its own."""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't copy a process")
+def test_the_product_is_float32_whatever_the_caller_allows():
+    """TF32, bfloat16 and autocast are off inside, and the caller's setting is as before; in processes of their own."""
     code = f"""
-import sys, torch
+import os, sys, torch
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
 from test_ranking import people, np
 from utils.ranking import rank_metrics
-{PRECISIONS[setting]}
+for name, setting in {PRECISIONS}.items():
+    if os.fork() == 0:
+        exec(setting)
+        break
+    assert os.wait()[1] == 0, name
+else:
+    os._exit(0)
 state = lambda: [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
 before, seen, addmm = state(), set(), torch.addmm
 def spy(*arguments, **options):
