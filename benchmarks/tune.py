@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         name = trial_name(row, values)
         if name in trials:
             continue
-        run_dir = Path("runs") / f"tune_s{args.seed}_{re.sub(r'[^A-Za-z0-9_.=+-]', 'x', name)}"
+        run_dir = Path("runs/tune") / f"tune_s{args.seed}_{re.sub(r'[^A-Za-z0-9_.=+-]', 'x', name)}"
         command = [sys.executable, "train.py", *trial_flags(row, values), *common, "--run-dir", str(run_dir)]
         command += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
         command += ["--resume"] if (ROOT / run_dir).exists() else []
