@@ -103,6 +103,17 @@ def test_the_folder_may_have_moved(tmp_path):
     assert found["mAP"] == before["mAP"]
 
 
+def test_few_pictures_make_smaller_batches(tmp_path, capsys):
+    """Four people with three pictures each are no batch of 4 x 4: fewer of each, said; a typed --k stays an error."""
+    place = write_folder(tmp_path / "photos", people=[f"p{i}" for i in range(8)])
+    flags = ["--loss", "softmax", *QUICK, "--dataset", "folder", "--data-dir", str(place), "--epochs", "1"]
+    train.main([*flags, "--run-dir", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "batches of 4 people" in out and "batches of 3 images of each" in out and "1 step x 12 images" in out
+    with pytest.raises(ValueError, match="12 training images do not fill one batch of 4 x 4: lower"):
+        train.main([*flags, "--k", "4", "--run-dir", str(tmp_path / "typed")])
+
+
 def test_other_pictures_have_a_split_and_a_name_of_their_own(tmp_path, capsys):
     """A run on one folder, scored on another: by that one's split; and neither takes the other's place in a table."""
     for name, people in (("zoo", 6), ("shop", 8)):
