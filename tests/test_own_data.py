@@ -103,6 +103,26 @@ def test_the_folder_may_have_moved(tmp_path):
     assert found["mAP"] == before["mAP"]
 
 
+def test_the_kept_split_of_one_of_two_data_sets(tmp_path, capsys):
+    """A run on both, scored on the folder alone, to which a person was added since: nobody whom it trained on."""
+    place = write_folder(tmp_path / "data/folder")
+    write_tiny_market(tmp_path / "data/market1501")
+    run("--dataset", "market+folder", "--data-dir", tmp_path / "data", "--run-dir", tmp_path / "run")
+    write_folder(place, people=["aaron"])
+    capsys.readouterr()
+    evaluate.main(["--run", str(tmp_path / "run"), "--dataset", "folder", "--device", "cpu"])
+    assert f"the split kept in {tmp_path / 'run/split.csv'}: 5 people" in capsys.readouterr().out
+
+
+def test_a_run_with_held_out_people_on_other_people(tmp_path):
+    """Of another draw the test set counts, not a third of its people for training."""
+    flags = ["--dataset", "synthetic", "--synthetic-ids", "6", "--data-dir", tmp_path / "data"]
+    run(*flags, "--eval-on", "val", "--run-dir", tmp_path / "run")
+    evaluate.main(["--run", str(tmp_path / "run"), "--synthetic-seed", "1", "--device", "cpu"])
+    (path,) = (tmp_path / "run").glob("evaluation_*synthetic-seed-1*.json")
+    assert load(path)["eval_on"] == "test"
+
+
 def test_few_pictures_make_smaller_batches(tmp_path, capsys):
     """Four people with three pictures each are no batch of 4 x 4: fewer of each, said; a typed --k stays an error."""
     place = write_folder(tmp_path / "photos", people=[f"p{i}" for i in range(8)])
