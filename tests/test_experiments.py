@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = f"""#!{sys.executable} -S
 import json, os, sys, time
-if sys.argv[1] == "-m" and os.path.exists("plan.txt"):
-    print(open("plan.txt").read() if sys.argv[2] == "utils.plan" else "the table", end="")
+written = dict([("utils.plan", "plan.txt"), ("utils.results", "table.txt")]).get(sys.argv[2], "")
+if sys.argv[1] == "-m" and os.path.exists(written):
+    print(open(written).read(), end="")
     sys.exit()
 if sys.argv[1] == "-m":
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
@@ -47,11 +48,10 @@ if loss in os.environ.get("HANGING", "").split():
         sys.exit(int(os.environ["EXIT_CODE"]))
 folder = "runs/synthetic_" + loss.replace("*", "x") + "_s" + value("--seed")
 os.makedirs(folder, exist_ok="--resume" in sys.argv)
-if loss not in os.environ.get("HALF", "").split():
-    result = json.load(open("results.json"))[loss]
-    result["args"]["seed"] = int(value("--seed"))
-    with open(folder + "/result.json", "w") as file:
-        json.dump(result, file)
+result = json.load(open("results.json"))[loss]
+result["args"]["seed"] = int(value("--seed"))
+with open(folder + "/result.json", "w") as file:
+    json.dump(result, file)
 """
 SETTINGS = ("DATASETS", "LOSSES", "SEEDS", "DRY_RUN", "DATA_DIR", "JOBS", "SHARE", "PYTHON")
 
@@ -86,6 +86,7 @@ def write_plan(checkout, losses, seeds="0"):
     lines = [f"./python train.py --loss '{loss}' --dataset synthetic --seed {seed}\n"
              for seed in seeds.split() for loss in losses.split()]  # fmt: skip
     (checkout / "plan.txt").write_text("".join(lines))
+    (checkout / "table.txt").write_text("the table")
 
 
 def clean_environment(**more):
@@ -140,10 +141,24 @@ def names(out):
     return [run_name(new_run(flags_of(line))) for line in out.splitlines()]
 
 
-def dry(checkout, *flags, **environment):
-    code, out, err = run(checkout, *flags, DRY_RUN="1", **environment)
-    assert code == 0, err
-    return out, err
+@pytest.fixture
+def dry(checkout, monkeypatch, capsys):
+    """What `DRY_RUN=1 bash experiments.sh` prints in that checkout, but without a shell and a second interpreter."""
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(utils.plan, "__file__", str(checkout / "utils/plan.py"))
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHON", str(checkout / "python"))
+
+    def printed(*flags, **environment):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["plan", *flags])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            utils.plan.main()
+        return capsys.readouterr()
+
+    return printed
 
 
 def planned(*flags, **environment):
@@ -168,10 +183,10 @@ def market_and_duke(tmp_path):
     return root
 
 
-def test_the_full_table_for_market_and_duke(checkout, market_and_duke):
+def test_the_full_table_for_market_and_duke(checkout, dry, market_and_duke):
     """With both data sets and nothing else: every loss x data set x 5 seeds, each command understood by train.py, its
     flags resolved and its data found."""
-    out, err = dry(checkout, DATA_DIR=str(market_and_duke))
+    out, err = dry(DATA_DIR=str(market_and_duke))
     seen = []
     for line in out.splitlines():
         assert shlex.split(line)[0] == str(checkout / "python") and "--resume" not in line
@@ -184,7 +199,7 @@ def test_the_full_table_for_market_and_duke(checkout, market_and_duke):
             assert len(load_dataset(dataset, args["data_dir"]).train) == 2
     assert "120 runs, 0 of them finished before; 120 to do: about 40.0 h of training" in err
     assert "(120 by assumption: 20 minutes a run" in err and ASSUMED[0] == 1200
-    assert not calls(checkout) and not (checkout / "runs").exists()
+    assert not (checkout / "runs").exists()
 
 
 def test_one_of_the_two_is_enough(market_and_duke):
@@ -192,10 +207,10 @@ def test_one_of_the_two_is_enough(market_and_duke):
     assert planned(DATA_DIR=str(market_and_duke), SEEDS="0", LOSSES="arcface") == ["duke_arcface_s0"]
 
 
-def test_a_fresh_clone_trains(checkout):
+def test_a_fresh_clone_trains(dry):
     """Without any data set: the generated one by its own recipe, and one seed. What others have trained is looked at
     for the estimate only: their two runs are of arcface, but of the same setting as all."""
-    out, err = dry(checkout)
+    out, err = dry()
     assert "Neither Market-1501 nor DukeMTMC-reID is there: generated pedestrians, one seed." in err
     assert names(out) == [f"synthetic_{row}_s0" for row in TWELVE]
     assert all(flags_of(line).keys() == {"loss", "dataset", "seed"} for line in out.splitlines())
@@ -210,16 +225,19 @@ def test_all_losses_and_other_seeds(tmp_path):
 
 
 def test_lists_from_the_environment(checkout):
+    """Through the shell, which must not take the * of an expression for file names."""
     (checkout / "softmax+0.5 or triplet").touch()  # a file that a shell would take the expression for
-    out, err = dry(checkout, DATASETS="synthetic market+duke", LOSSES="softmax+0.5*triplet npair", SEEDS="3")
+    lists = {"DATASETS": "synthetic market+duke", "LOSSES": "softmax+0.5*triplet npair", "SEEDS": "3"}
+    code, out, err = run(checkout, DRY_RUN="1", **lists)
+    assert code == 0 and not calls(checkout) and not (checkout / "runs").exists()
     assert names(out) == [f"{dataset}_{loss}_s3" for dataset in ("synthetic", "market+duke")
                           for loss in ("softmax+0.5xtriplet", "npair")]  # fmt: skip
     assert "Neither" not in err
 
 
-def test_further_flags_reach_train(checkout):
+def test_further_flags_reach_train(dry):
     given = ["--recipe", "published", "--milestones", "4", "8", "--amp", "--loss-args", "margin=0.2", "--workers", "2"]
-    (line,) = dry(checkout, *given, DATASETS="market", LOSSES="arcface", SEEDS="0")[0].splitlines()
+    (line,) = dry(*given, DATASETS="market", LOSSES="arcface", SEEDS="0").out.splitlines()
     explicit = flags_of(line)
     wanted = {"loss": "arcface", "dataset": "market", "seed": 0, **vars(build_parser().parse_args(given))}
     assert explicit == wanted
@@ -366,33 +384,24 @@ def test_runs_end_with_the_table_and_change_no_tracked_file(checkout):
     assert everything(checkout) == before
 
 
-def test_finished_runs_are_skipped_and_half_ones_go_on(checkout):
-    environment = {"LOSSES": "arcface npair triplet", "SEEDS": "0"}
-    assert run(checkout, **environment, HALF="npair", FAILING="triplet")[0] == 1
-    (checkout / "calls.txt").unlink()
-    code, out, err = run(checkout, **environment)
-    assert code == 0
-    assert [(words[words.index("--loss") + 1], "--resume" in words) for words in calls(checkout)] == [
-        ("npair", True), ("triplet", False)]  # fmt: skip
-    assert "3 runs, 1 of them finished before; 2 to do" in err
-    out, err = dry(checkout, **environment)
-    assert out == "" and "3 runs, 3 of them finished before." in err  # nothing is left
-
-
-def test_a_run_is_repeated_by_removing_one_folder(checkout, monkeypatch, capsys):
-    """The plan holds it again, without --resume, and nothing else."""
-    monkeypatch.chdir(checkout)
-    monkeypatch.setattr(sys, "argv", ["plan"])
-    for name, value in {"DATASETS": "synthetic", "LOSSES": "arcface npair", "SEEDS": "0"}.items():
-        monkeypatch.setenv(name, value)
+def test_finished_runs_are_skipped_and_half_ones_go_on(checkout, dry):
+    """Also one that failed before its first epoch; and a run is repeated by removing one folder."""
+    environment = {"DATASETS": "synthetic", "LOSSES": "arcface npair triplet", "SEEDS": "0"}
+    folders = {loss: checkout / f"runs/synthetic_{loss}_s0" for loss in environment["LOSSES"].split()}
     for loss in ("arcface", "npair"):
-        (checkout / f"runs/synthetic_{loss}_s0").mkdir(parents=True)
-        (checkout / f"runs/synthetic_{loss}_s0/result.json").write_text(json.dumps(made_up(loss)))
-    utils.plan.main()
-    assert capsys.readouterr().out == ""
-    shutil.rmtree(checkout / "runs/synthetic_arcface_s0")
-    utils.plan.main()
-    out = capsys.readouterr().out
+        folders[loss].mkdir(parents=True)
+    (folders["arcface"] / "result.json").write_text(json.dumps(made_up("arcface")))
+    out, err = dry(**environment)
+    assert [(name, "--resume" in line) for name, line in zip(names(out), out.splitlines(), strict=True)] == [
+        ("synthetic_npair_s0", True), ("synthetic_triplet_s0", False)]  # fmt: skip
+    assert "3 runs, 1 of them finished before; 2 to do" in err
+    for loss in ("npair", "triplet"):
+        folders[loss].mkdir(exist_ok=True)
+        (folders[loss] / "result.json").write_text(json.dumps(made_up(loss)))
+    out, err = dry(**environment)
+    assert out == "" and "3 runs, 3 of them finished before." in err  # nothing is left
+    shutil.rmtree(folders["arcface"])
+    out, err = dry(**environment)
     assert names(out) == ["synthetic_arcface_s0"] and "--resume" not in out
 
 
@@ -408,7 +417,9 @@ def test_one_failing_run_does_not_stop_the_others(checkout):
 
 
 def test_nothing_but_failures_is_no_table(checkout):
-    code, out, err = run(checkout, LOSSES="softmax", SEEDS="0", FAILING="softmax")
+    write_plan(checkout, "softmax")
+    (checkout / "table.txt").unlink()
+    code, out, err = run(checkout, FAILING="softmax")
     assert code == 1 and out == "" and "holds no finished runs" in err and "Traceback" not in err
 
 
