@@ -1,6 +1,7 @@
 """Runs scored on other data sets: the tables by hand, which scores count, what is kept of them, the real programs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import QUICK, write_tiny_market
@@ -10,7 +11,7 @@ import train
 from tests.test_results import cells, result
 from utils import results
 from utils.across import markdown_across
-from utils.runs import collect, compact, describe, describe_data, describe_training, load_groups
+from utils.runs import collect, compact, describe, load_groups
 
 HEAD = "trained on \\ tested on"
 ZERO, ONE = "synthetic, 150 + 150 people", "synthetic, 150 + 150 people, --synthetic-seed 1"
@@ -230,12 +231,13 @@ def test_a_spoiled_file_is_named_in_one_sentence(tmp_path, content):
 
 def test_words_for_the_data_and_for_the_training():
     args = result(dataset="synthetic", synthetic_ids=20, synthetic_seed=3, p=8)["args"]
-    assert describe_data(args) == "synthetic, 20 + 20 people, --synthetic-seed 3"
-    assert describe_training(args) == "controlled recipe, resnet18, from scratch, 128x64, 5 epochs, --p 8"
-    assert describe(args) == f"{describe_data(args)}, {describe_training(args)}"
+    assert describe(args).data == "synthetic, 20 + 20 people, --synthetic-seed 3"
+    training = "controlled recipe, resnet18, from scratch, 128x64, 5 epochs, --p 8"
+    assert str(replace(describe(args), data="")) == training
+    assert str(describe(args)) == f"{describe(args).data}, {training}"
     titles = {"cuhk03": "CUHK03 labeled", "synthetic": "synthetic"}
     args = result(dataset="cuhk03+synthetic", cuhk03_boxes="labeled", titles=titles)["args"]
-    assert describe_data(args) == "CUHK03 labeled, --cuhk03-boxes labeled + synthetic, 150 + 150 people"
+    assert describe(args).data == "CUHK03 labeled, --cuhk03-boxes labeled + synthetic, 150 + 150 people"
 
 
 # -------------------------------------------------------------------------------------------------------- what is kept

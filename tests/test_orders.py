@@ -171,7 +171,7 @@ def test_few_losses_have_no_order(tmp_path):
 def test_orders_of_the_recorded_runs_by_a_slow_form():
     """Tau-b from its definition, over all pairs of losses and of seeds."""
     groups = load_groups(ROOT / "results")
-    rows = next(rows for setting, rows in groups.items() if "150 + 150 people, controlled" in setting)
+    rows = next(rows for setting, rows in groups.items() if "150 + 150 people, controlled" in str(setting))
     market = {loss: results.PUBLISHED[loss]["market"][1] for loss in TWELVE}
 
     def sign(scores, pair):

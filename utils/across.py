@@ -4,7 +4,9 @@ A table for each way to train and each loss: rows are what was trained on, colum
 way of scoring. The runs of a cell differ in the seed only.
 """
 
-from utils.runs import Groups, describe_data, describe_set, describe_training
+from dataclasses import replace
+
+from utils.runs import Groups, Setting, describe_data, describe_set
 from utils.statistics import interval
 from utils.words import markdown_table, percent
 
@@ -54,15 +56,14 @@ def table_across(trained: dict[str, list[dict]]) -> str:
 
 def markdown_across(groups: Groups) -> list[str]:
     """The tables of the settings and losses of which a run was scored on another data set, and what they show."""
-    tables: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    for rows in groups.values():
+    tables: dict[tuple[str, Setting], dict[str, list[dict]]] = {}
+    for setting, rows in groups.items():
         for row, runs in rows.items():
-            args = next(iter(runs.values()))["args"]
-            trained = tables.setdefault((row, describe_training(args)), {})
-            trained[describe_data(args)] = [runs[seed] for seed in sorted(runs)]
+            trained = tables.setdefault((row, replace(setting, data="")), {})
+            trained[setting.data] = [runs[seed] for seed in sorted(runs)]
     parts = [
-        f"**Across data sets: {', '.join(key)}**\n\n{table_across(trained)}\n"
-        for key, trained in tables.items()
+        f"**Across data sets: {row}, {setting}**\n\n{table_across(trained)}\n"
+        for (row, setting), trained in tables.items()
         if any(run.get("across") for runs in trained.values() for run in runs)
     ]
     caption = (

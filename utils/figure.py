@@ -70,7 +70,7 @@ def draw_scores(groups: Groups, path: Path) -> None:
         axis.tick_params("y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_title(textwrap.fill(setting, 75), fontsize="medium", loc="left")
+        axis.set_title(textwrap.fill(str(setting), 75), fontsize="medium", loc="left")
         note = "mAP in percent: mean over n seeds, 95 % interval"
         if any(entry["comparisons"] for entry in summary):
             best = next(entry["row"] for entry in summary if entry["best"])

@@ -9,11 +9,11 @@ from itertools import combinations, product
 from losses import ROWS, row_name
 from utils.flags import DEFAULTS, new_run
 from utils.recipes import RECIPES
-from utils.runs import NAMES, Groups, own_flags
+from utils.runs import NAMES, Groups, Setting
 from utils.statistics import FEWEST, LEVEL, holm, interval, kendall_range, paired_p
 from utils.words import markdown_table, p_in_words, percent
 
-BASE = "controlled"  # the recipe that the others are compared with
+BASE = DEFAULTS["recipe"]  # the recipe that the others are compared with
 
 Rows = dict[str, dict[int, dict]]  # loss -> seed -> run
 Published = dict[str, dict[str, tuple[float, float]]]  # loss -> data set -> rank-1 and mAP in percent
@@ -23,9 +23,9 @@ def orders_and_ablations(groups: Groups, published: Published) -> list[str]:
     """For each setting of the controlled recipe: its losses by recipes, the orders of these, its tricks in turn."""
     sections = []
     for setting, rows in groups.items():
-        if args_of(rows)["recipe"] == BASE:
+        if setting.recipe == BASE:
             columns, settings = by_recipe(groups, setting), one_trick_more(groups, setting)
-            data = without_recipe(setting, rows)
+            data = str(setting).replace(f", {BASE} recipe", "", 1)
             if len(columns) > 1:
                 sections += [recipes_section(data, columns), orders_section(data, columns, published)]
             if len(settings) > 1:
@@ -36,38 +36,34 @@ def orders_and_ablations(groups: Groups, published: Published) -> list[str]:
 # ------------------------------------------------------------------------------------------ which settings go together
 
 
-def args_of(rows: Rows) -> dict:
-    """All flags of some run of a group."""
-    return next(iter(next(iter(rows.values())).values()))["args"]
+def further_flags(setting: Setting, base: Setting) -> dict[str, str] | None:
+    """The flags that a setting has beside those of `base`, as typed, whatever their recipes; None: not of that kind."""
+    alike = (setting.data, setting.training) == (base.data, base.training) and {*base.flags} <= {*setting.flags}
+    return {name: typed for name, typed in setting.flags if (name, typed) not in base.flags} if alike else None
 
 
-def without_recipe(setting: str, rows: Rows) -> str:
-    return setting.replace(f", {args_of(rows)['recipe']} recipe", "", 1)
-
-
-def by_recipe(groups: Groups, base: str) -> dict[str, Rows]:
+def by_recipe(groups: Groups, base: Setting) -> dict[str, Rows]:
     """Columns beside a setting of the controlled recipe, itself first: what other recipes gave with the same data,
     network and flags; of a recipe without such runs those with further flags, which are then in the column's name."""
-    data, columns = without_recipe(base, groups[base]), {BASE: groups[base]}
+    columns = {BASE: groups[base]}
     for recipe in [name for name in RECIPES if name != BASE]:
-        found = {without_recipe(s, rows): rows for s, rows in groups.items() if args_of(rows)["recipe"] == recipe}
-        if data in found:
-            columns[recipe] = found[data]
-        else:
-            further = {name: rows for name, rows in found.items() if name.startswith(f"{data}, ")}
-            columns |= {f"{recipe} ({name.removeprefix(f'{data}, ')})": rows for name, rows in further.items()}
+        found = {}
+        for setting, rows in groups.items():
+            further = further_flags(setting, base)
+            if setting.recipe == recipe and further is not None:
+                found[f"{recipe} ({', '.join(further.values())})" if further else recipe] = rows
+        columns |= {recipe: found[recipe]} if recipe in found else found
     return columns
 
 
-def one_trick_more(groups: Groups, base: str) -> dict[str, Rows]:
+def one_trick_more(groups: Groups, base: Setting) -> dict[str, Rows]:
     """Settings of the controlled recipe that differ from `base` in one flag, which the tricks recipe sets, too."""
-    data, before = without_recipe(base, groups[base]), own_flags(args_of(groups[base]))
     found = {}
     for setting, rows in groups.items():
-        args, name = args_of(rows), without_recipe(setting, rows)
-        more = own_flags(args).keys() - before.keys()
-        if args["recipe"] == BASE and name.startswith(f"{data}, ") and len(more) == 1 and more <= tricks_for(args):
-            found[name.removeprefix(f"{data}, ")] = rows
+        more = further_flags(setting, base)
+        args = next(iter(next(iter(rows.values())).values()))["args"]
+        if setting.recipe == BASE and more and len(more) == 1 and more.keys() <= tricks_for(args):
+            found.update(dict.fromkeys(more.values(), rows))
     return found
 
 

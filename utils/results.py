@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.files import write_text
 from utils.flags import new_run
 from utils.orders import orders_and_ablations
-from utils.runs import NAMES, Groups, collect, command, describe, load_groups
+from utils.runs import NAMES, Groups, Setting, collect, command, describe, load_groups
 from utils.statistics import LEVEL, holm, interval, paired_p
 from utils.words import markdown_table, p_in_words, percent
 
@@ -128,7 +128,7 @@ def seed_list(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def markdown_group(setting: str, rows: dict[str, dict[int, dict]]) -> str:
+def markdown_group(setting: Setting, rows: dict[str, dict[int, dict]]) -> str:
     """Heading, tables and caption of one group; for Market and Duke with all twelve rows and the published numbers."""
     summary = summarise(rows)
     args = summary[0]["runs"][0]["args"]
@@ -194,7 +194,7 @@ def markdown_not_run(datasets: Sequence[str]) -> str:
 def markdown(groups: Groups) -> str:
     """All tables, the captions that hold for all of them last."""
     parts = [markdown_group(setting, rows) for setting, rows in groups.items()]
-    missing = [dataset for dataset, name in NAMES.items() if not any(s.startswith(f"{name},") for s in groups)]
+    missing = [dataset for dataset, name in NAMES.items() if not any(s.data.split(",")[0] == name for s in groups)]
     parts += [markdown_not_run(missing)] if missing else []
     parts += orders_and_ablations(groups, PUBLISHED)
     parts += markdown_across(groups)

@@ -6,6 +6,7 @@ it was given. In a group a row is a loss, and its runs differ in the seed only.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import reader_options
@@ -17,7 +18,22 @@ from utils.flags import DEFAULTS, FREE, SCORING, WORKED_OUT, command_line, new_r
 NAMES = {"market": "Market-1501", "duke": "DukeMTMC-reID"}
 LOCAL = ("data_dir", "run_dir", "val_pids", "notes")  # what belongs to one machine: never collected
 
-Groups = dict[str, dict[str, dict[int, dict]]]  # setting -> row -> seed -> run
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the rows of a table have in common. Recipes may set other values for each row."""
+
+    data: str  # what it was trained on, in words, and whether people of it were held out
+    recipe: str
+    training: tuple[str, ...]  # backbone, weights, size, epochs, bfloat16, processes, in words
+    flags: tuple[tuple[str, str], ...]  # further ones in which it differs from the recipe: (name, as one would type it)
+
+    def __str__(self) -> str:
+        words = [self.data, f"{self.recipe} recipe", *self.training, *(typed for _, typed in self.flags)]
+        return ", ".join(word for word in words if word)
+
+
+Groups = dict[Setting, dict[str, dict[int, dict]]]  # setting -> row -> seed -> run
 
 
 def compact(result: dict) -> dict:
@@ -129,7 +145,7 @@ def load_groups(folder: Path) -> Groups:
             print(f"{path} is left out: the same run as {sources[setting, row, seed]}", file=sys.stderr)
         else:
             cell[seed], sources[setting, row, seed] = run, path
-    return dict(sorted(groups.items(), key=lambda group: order_of(group[1])))
+    return dict(sorted(groups.items(), key=lambda group: order_of(*group)))
 
 
 def own_flags(args: dict) -> dict:
@@ -149,11 +165,6 @@ def own_flags(args: dict) -> dict:
     before, values = (all_arguments(flags["loss"], flags["loss_args"]) for flags in (plain, args))
     pairs = [f"{key}={value!r}" for key, value in values.items() if key not in later and value != before[key]]
     return own | ({"loss_args": pairs} if pairs else {})
-
-
-def describe(args: dict) -> str:
-    """The setting of a run in words: all that its rows have in common. Recipes may set other values for each row."""
-    return f"{describe_data(args)}, {describe_training(args)}"
 
 
 def options_of(name: str) -> dict:
@@ -181,25 +192,24 @@ def describe_data(args: dict) -> str:
     return words + (", scored on held-out training identities" if args["eval_on"] == "val" else "")
 
 
-def describe_training(args: dict) -> str:
-    """How a run was trained and scored, in words: all of its setting but the data."""
-    own = own_flags(args)
-    words = [f"{args['recipe']} recipe", args["arch"]]
+def describe(args: dict) -> Setting:
+    """The setting of a run."""
+    words = [args["arch"]]
     words += [{"none": "from scratch", "imagenet": "ImageNet weights"}.get(args["weights"], args["weights"])]
     words += [f"{args['height']}x{args['width']}", f"{args['epochs']} epochs"]
     words += ["bfloat16"] if args["amp"] else []
     processes = args.get("environment", {}).get("processes", 1)  # each with batch-norm statistics of its own
     words += [f"{processes} processes"] if processes > 1 else []
     said = {*reader_options(), "eval_on", "arch", "weights", "height", "width", "epochs", "amp"}
-    words += [command_line({key: own[key]}) for key in own if key not in said]
-    return ", ".join(words)
+    flags = [(key, command_line({key: value})) for key, value in own_flags(args).items() if key not in said]
+    return Setting(describe_data(args), args["recipe"], tuple(words), tuple(flags))
 
 
-def order_of(rows: dict[str, dict[int, dict]]) -> tuple:
+def order_of(setting: Setting, rows: dict[str, dict[int, dict]]) -> tuple:
     """Sort key of a group: data sets that people know first, then the recipe that compares, then the plain settings."""
-    args = next(iter(next(iter(rows.values())).values()))["args"]
-    datasets = [*NAMES, args["dataset"]]
-    return datasets.index(args["dataset"]), args["recipe"] != "controlled", len(describe(args)), describe(args)
+    dataset = next(iter(next(iter(rows.values())).values()))["args"]["dataset"]
+    datasets = [*NAMES, dataset]
+    return datasets.index(dataset), setting.recipe != DEFAULTS["recipe"], len(str(setting)), str(setting)
 
 
 def command(args: dict, **changes) -> str:
