@@ -36,7 +36,7 @@ from utils.environment import digest_of_names, find_device
 from utils.errors import UserError, user_input
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
-from utils.flags import DEFAULTS, data_name, load_args, number
+from utils.flags import DEFAULTS, SCORING, data_name, load_args, number
 from utils.ranking import average, rank_queries, rank_queries_from_distance
 from utils.reranking import rerank
 from utils.seed import set_backends
@@ -65,7 +65,7 @@ def embed(
     flip_test: an image's embedding is the mean of its own and its mirror image's.
     Under torchrun every process embeds its share of them and returns all.
     """
-    total = len(paths)
+    paths, total = [Path(path) for path in paths], len(paths)
     distributed.check_same("the list of test images", digest_of_names(paths))
     paths = paths[distributed.share(total)]
     was_training = model.training
@@ -187,7 +187,7 @@ def metrics_table(metrics: dict, title: str) -> str:
 def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """The trained backbone of a run folder, in eval mode, and the run's flags."""
     if not (run_dir / "args.json").is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no args.json")
+        raise UserError(f"{run_dir} is not a run folder: it has no args.json (train.py names it behind ->)")
     args = load_args(run_dir)
     checkpoint = load_checkpoint(run_dir / "last.pt")
     check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "seed", *model_options(args)))
@@ -232,7 +232,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     # what to score: one of the two
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="a run folder made by train.py")
-    source.add_argument("--features", type=Path, help="saved features: an .npz file or a folder of .npy files (README)")
+    source.add_argument("--features", type=Path, help="an .npz file or a folder of .npy files (data/README.md)")
     # on what
     parser.add_argument("--dataset", help=f"the test set (default: the run's own): {', '.join(DATASETS)}, or a+b")
     parser.add_argument("--data-dir", help="the folder that holds the data sets (default: the run's own)")
@@ -283,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
                 print("a camera is unknown (-1): only the query image itself is dropped (as with --ignore-cameras)")
         with user_input():
             metrics = score(features, args.metric or "cosine", args.ignore_cameras, **further)
-        print(metrics_table(metrics, f"{args.features}{', re-ranked' if args.rerank else ''}"))
+        title = f"{args.features}, {args.metric or 'cosine'}"
+        print(metrics_table(metrics, f"{title}{', re-ranked' if args.rerank else ''}"))
         if args.verification:
             print(verification_table(metrics))
         return
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics = score(features, **how, **further)
     else:
         metrics = score_all(model, tests, **how, **further, **settings)
-    print(metrics_table(metrics, f"{args.run.name} on {title}{', re-ranked' if args.rerank else ''}"))
+    print(metrics_table(metrics, f"{args.run.name} on {title}, {how['metric']}{', re-ranked' if args.rerank else ''}"))
     if args.verification:
         print(verification_table(metrics))
         people = "held out, none of the test" if title.endswith(" val") else "of the test set, which they describe"
@@ -312,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     words = [data_name(args.dataset or run["dataset"], args.data_dir or run["data_dir"])]
     words += [*(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
     how["flip_test"] = settings["flip_test"]
-    words += [how["metric"], *(key.replace("_", "-") for key in ("ignore_cameras", "flip_test") if how[key])]
+    words += [how["metric"], *(key.replace("_", "-") for key in SCORING if how[key] is True)]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
     words += [word for word in ("rerank", "verification") if getattr(args, word)]
     about["finished"] = (args.run / "result.json").is_file()  # otherwise the network may still change

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import check_true_matches, load_datasets
 from data.folder import write_split_csv
 from data.holdout import holdout
-from data.images import TrainingImages, find_bad_images
+from data.images import BadImage, TrainingImages, find_bad_images
 from data.sampler import PKSampler, RandomSampler
 from evaluate import METRICS, metrics_table, score_all
 from losses import build_loss, row_name
@@ -185,6 +185,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{count} processes can't share a batch of {batch_size} images equally: other --p, --k, "
                         "--batch-size, or number of processes")  # fmt: skip
     rows = distributed.share(batch_size)  # of a batch, for this process
+    if count > 1 < args["micro_batches"] and not resumed and "micro_batches" not in args["explicit"]:
+        args["micro_batches"] = max(args["micro_batches"] // count, 1)  # the recipe means parts of the whole batch
+        print(f"--micro-batches {args['micro_batches']} in each of {count} processes (the recipe's are of a whole batch)")
     if batch_size // count // args["micro_batches"] < 2:
         raise UserError(f"of {batch_size} images {count} processes with {args['micro_batches']} --micro-batches would "
                         "see fewer than 2 at a time (batch normalisation): larger batches or fewer parts")  # fmt: skip
@@ -322,10 +325,13 @@ if __name__ == "__main__":
     try:
         with distributed.processes():
             main()
+    except BadImage as error:
+        sys.exit(f"train.py: {error} (python -m data.check lists all; --skip-bad-images leaves out those of training)")
     except (UserError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("train.py: out of memory on the device: fewer images per batch (--p, --k, --batch-size), or --amp")
+        ways = "fewer images per batch (--p, --k, --batch-size), --micro-batches 4, or --amp"
+        sys.exit(f"train.py: out of memory on the device: {ways}")
     except KeyboardInterrupt as error:
         print("train.py: stopped: the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(128 + (error.args or [signal.SIGINT])[0])

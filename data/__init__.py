@@ -77,12 +77,14 @@ def reader_options() -> dict[str, Option]:
     for name, reader in DATASETS.items():
         hints = get_type_hints(reader, include_extras=True)
         for key, parameter in inspect.signature(reader).parameters.items():
-            if parameter.kind is not parameter.KEYWORD_ONLY:
-                continue
-            kind, text = get_args(hints[key]) if get_origin(hints[key]) is Annotated else (hints[key], "")
-            choices = get_args(kind) if get_origin(kind) is Literal else None
-            kind = type(parameter.default)
-            options.setdefault(key, Option(kind, choices, parameter.default, [], text)).datasets.append(name)
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                hint = hints.get(key)
+                kind, text = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
+                choices = get_args(kind) if get_origin(kind) is Literal else None
+                option = Option(type(parameter.default), choices, parameter.default, [], text)
+                if option.type not in (int, float, str) or options.setdefault(key, option)[:3] != option[:3]:
+                    raise TypeError(f"{name}: {key} needs a number or a text as default, the same in every reader")
+                options[key].datasets.append(name)
     return options
 
 

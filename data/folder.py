@@ -115,8 +115,8 @@ def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
             elif nested:
                 report("layout", f"{path} lies beside folders of people: move it into the folder of its person.")
             elif not part:
-                text = f"{path} shows nobody knows whom: make a folder per person in {root} and move the images there."
-                report("layout", text)
+                text = f"{path} lies in no person's folder: make a folder per person in {root}"
+                report("layout", f"{text} and move the images there.")
             elif match:
                 found.append(Found(path, match[1], int(match[2]), part))
             else:
@@ -202,7 +202,8 @@ def read_csv(file: Path, base: Path, report: Report = stop) -> list[Found]:
                 report("two rows", f"{where} {path} was in line {seen[path]} already: an image belongs to one split.")
                 continue
             if not os.path.exists(path):
-                report("missing file", f"{where} there is no {path}: paths are relative to {base}.")
+                text = f"{where} there is no {path}: paths are relative to {base}"
+                report("missing file", f"{text}; put it there, or remove this line.")
                 continue
             seen[path] = rows.line_num + 1
             found.append(Found(path, pid, int(camid) if camid.strip() else -1, part.strip()))
@@ -220,10 +221,10 @@ def build(found: list[Found], shape: str, where: str, split_seed: int, test_shar
     found = [one for one in found if one.person != "-1"]
     names = sorted({one.person for one in found})
     check_names(names, report)
-    without = sum(one.camid < 0 for one in found)
+    without = sum(one.camid < 0 and one.part != "train" for one in found)  # training does not ask for cameras
     pids = {name: pid for pid, name in enumerate(names, 1)}
     records = [Record(Path(one.path), pids[one.person], -1 if without else one.camid) for one in found]
-    cameras = len({record.camid for record in records})
+    cameras = len({record.camid for record in records} - {-1})
     known = number_of(cameras, "camera")
     if without:
         known = f"cameras unknown ({number_of(without, 'image')} without _cN) and so ignored"

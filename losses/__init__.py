@@ -1,7 +1,8 @@
 """The losses by name, and sums of them: `arcface`, `softmax+triplet`, `softmax+0.0005*center`.
 
-A new loss is one file, its import and its line in LOSSES below, and one test; if the results tables shall have a row of
-it, a line in ROWS, too. To use a loss elsewhere, copy its file: it imports torch only.
+A new loss is one file, its import and its line in LOSSES below, and one test; the results tables then show its runs
+under "other losses". A line in ROWS puts it among the later ones, and asks for more, which the tests name: candidates
+in benchmarks/tune.py, pinned numbers, a place in losses/README.md. To use a loss elsewhere, copy its file.
 """
 
 import difflib
@@ -69,7 +70,7 @@ class Row(NamedTuple):
     kind: str  # classifier, pairs, proxies or ranking; a sum has the kind of its first term
 
 
-# The one list of the rows, in their order: tables, experiments, tuning and tests read it.
+# The one list of the rows, in their order: tables, experiments and tests read it.
 ROWS: dict[str, Row] = {
     "softmax": Row("published", "classifier"),
     "triplet": Row("published", "pairs"),

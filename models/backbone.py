@@ -193,12 +193,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(NUMBERS):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever is wrong with a foreign file, no code of it has run
+        remedy = "where it was made, save the tensors alone, torch.save(model.state_dict(), 'weights.pth')"
         if "GLOBAL numpy" in str(error):
-            raise ValueError(
-                f"{path} holds NumPy values beside its tensors (a best score, say), which are not read: where "
-                "it was made, save the tensors alone, torch.save(model.state_dict(), 'weights.pth')"
-            ) from None
-        raise ValueError(f"{path} is no file of plain tensors, read safely ({type(error).__name__})") from None
+            text = f"{path} holds NumPy values beside its tensors (a best score, say), which are not read: {remedy}"
+        else:
+            text = f"{path} is no file of plain tensors, read safely ({type(error).__name__}): {remedy}"
+        raise ValueError(text) from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

@@ -197,6 +197,8 @@ def trainings(folder, data, number):
     found["other flags"] = main(*flags_of(folder / "flags", data, "--seed", number))
     found["other images"] = main(*flags_of(folder / "images", folder / "fewer" if number else data))
     found["too many parts"] = main(*flags_of(folder / "parts", data, "--micro-batches", 5))
+    published = ["--loss", "softmax", "--dataset", "market", "--data-dir", data, *QUICK, "--recipe", "published"]
+    found["published"] = main(*published, "--epochs", 0, "--run-dir", folder / "published")
     found["sync"] = main(*flags_of(folder / "sync", data, "--sync-bn"))
     return found
 
@@ -376,6 +378,13 @@ def test_batch_normalisation_of_two_processes_is_that_of_two_parts(several, fold
     losses = {at: [line["loss"] for line in read_log(at)] for at in (folder / "whole", *tmp_path.iterdir())}
     assert losses[folder / "whole"] == pytest.approx(losses[tmp_path / "parts"], rel=1e-4)
     assert losses[folder / "whole"] != pytest.approx(losses[tmp_path / "plain"], rel=1e-4)
+
+
+def test_the_parts_of_the_published_recipe_are_shared_by_the_processes(several, folder):
+    """Its four are those of a whole batch: on four GPUs with torchrun none is left to cut."""
+    assert [found["published"] for found in several[2]] == [None, None]
+    assert json.loads((folder / "published" / "args.json").read_text())["micro_batches"] == 2
+    assert "--micro-batches 2 in each of 2 processes" in (folder / "said_2_0.txt").read_text()
 
 
 def test_rank_0_alone_speaks(several, folder):

@@ -127,7 +127,7 @@ def test_who_cannot_be_searched_for_is_in_training(tmp_path):
         (people("a", "b", "c"), "only 3 people, and two for training and two for testing are the least"),
         (people(*"abcde", images=1), "nobody has two images or more.*add images"),
         ([*people(*"abcd", images=1), *people("e")], "only e has two images or more"),
-        (["1.jpg", "2.jpg"], "1.jpg shows nobody knows whom: make a folder per person"),
+        (["1.jpg", "2.jpg"], "1.jpg lies in no person's folder: make a folder per person"),
         ([*people(*"abcd"), "loose.jpg"], "loose.jpg lies beside folders of people: move it into the folder"),
         (["a/1.heic", "a/2.heic", "b/readme.txt"], "2 files of type .heic, 1 file of type .txt there can't"),
         ([], "holds no images"),

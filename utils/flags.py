@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.files import load_json
 from utils.recipes import RECIPES, recipe_values
 
+# In the order of a run's name; what is worked out from another flag stands after it.
 DEFAULTS = {
     "recipe": "controlled",
     "data_dir": "datasets",
@@ -90,14 +91,15 @@ def number(kind: type, zero: bool = False, most: float = math.inf):
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser of the explicit flags only: a flag that is not given is absent from the result."""
-    epilog = "arguments of the losses and their defaults:\n  " + "\n  ".join(map(describe_arguments, LOSSES))
+    epilog = "arguments of the losses and their defaults (a recipe may set others: --show-recipe):\n  "
+    epilog += "\n  ".join(map(describe_arguments, LOSSES))
     parser = argparse.ArgumentParser(description=description, epilog=epilog, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     # loss
     add("--loss", help=f"a loss or a sum of losses such as softmax+0.5*triplet; losses: {', '.join(LOSSES)}")
     add("--loss-args", nargs="+", metavar="[LOSS.]KEY=VALUE", help="arguments of the loss, e.g. scale=30 margin=0.35")
-    add("--loss-lr", type=number(float), help="learning rate of the loss's own parameters (default: --lr)")
+    add("--loss-lr", type=number(float), help="of the loss's own parameters (default: the recipe's, or --lr)")
     # data
     add("--dataset", help=f"what to train and test on, or a+b for several: {', '.join(DATASETS)} (synthetic: generated "
         "on first use; folder: your own pictures)")
@@ -121,13 +123,13 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--lr", type=number(float), help="Adam's learning rate (default: the recipe's)")
     add("--weight-decay", type=number(float, zero=True), help="Adam's L2 penalty (default: the recipe's, 5e-4)")
     add("--milestones", type=number(int, zero=True), nargs="*",
-        help="epochs after which lr falls to 1/10 (default: a third and two thirds of the epochs; synthetic: 4)")
+        help="epochs after which lr falls to 1/10 (default: a third and two thirds of the epochs; on synthetic: 4)")
     add("--warmup", type=number(float, zero=True), metavar="EPOCHS",
         help="epochs in which lr rises from a tenth, step by step (default: 0)")
     add("--sampler", choices=("random", "pk"), help="random images, or P identities x K images (default: the recipe's)")
-    add("--batch-size", type=number(int), help="images per batch of the random sampler (default: p * k)")
-    add("--p", type=number(int), help="identities per batch of the pk sampler (default: 16)")
-    add("--k", type=number(int), help="images per identity of the pk sampler (default: 4)")
+    add("--batch-size", type=number(int), help="images per batch of the random sampler (default: the recipe's)")
+    add("--p", type=number(int), help="identities per batch of the pk sampler (default: the recipe's, 16)")
+    add("--k", type=number(int), help="images per identity of the pk sampler (default: the recipe's, 4)")
     add("--random-crop", action=switch, help="enlarge half of the images 1.125x and crop them")
     add("--pad-crop", type=number(int, zero=True), metavar="PIXELS",
         help="a black border and a random crop of the old size; for a height of 256, others in proportion (default: 0)")
@@ -146,7 +148,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 4)")
     add("--cache", choices=("auto", "off"), help="auto: keep decoded images if they take at most half of the memory")
     # run
-    add("--seed", type=number(int, zero=True), help="seed of weights, batches and augmentation (default: 0)")
+    add("--seed", type=number(int, zero=True), help="of weights, batches and augmentation (default: the recipe's, 0)")
     add("--eval-on", choices=("test", "val"),
         help="val: a third of the training identities, which ones --seed says, is held out and scored")
     add("--eval-every", type=number(int, zero=True), help="score every N epochs, too (default: 0, only at the end)")
@@ -156,7 +158,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--metric", choices=("cosine", "euclidean"), help="distance of the scoring (default: cosine)")
     add("--ignore-cameras", action="store_true", help="scoring drops only the query image itself, not its whole camera")
     add("--flip-test", action=switch, help="scoring takes the mean of an image's and its mirror image's embedding")
-    add("--run-dir", type=Path, help="the run folder itself (default: runs/DATASET_LOSS_sSEED, and flags that differ)")
+    add("--run-dir", type=Path, help="the run folder itself (default: runs/DATASET_LOSS_sSEED and flags that differ)")
     add("--resume", action="store_true", help="go on with the run in the run folder; flags come from its args.json")
     return parser
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data import load_dataset
-from losses import ROWS, TWELVE
+from losses import LOSSES, ROWS, TWELVE
 from utils.errors import UserError
 from utils.flags import build_parser, command_line, new_run, run_name
 from utils.results import duration
@@ -60,7 +60,7 @@ def plan(argv: list[str], environment: dict[str, str]) -> list[dict]:
             print("Neither Market-1501 nor DukeMTMC-reID is there: generated pedestrians, one seed.", file=sys.stderr)
             datasets, seeds = ["synthetic"], seeds or ["0"]
     losses = environment.get("LOSSES", "").split() or TWELVE
-    losses = ROWS if losses == ["all"] else losses
+    losses = [*ROWS, *sorted(LOSSES.keys() - ROWS.keys() - {"center"})] if losses == ["all"] else losses
     runs = []
     for seed in seeds or ["0", "1", "2", "3", "4"]:
         for dataset in datasets:

@@ -13,6 +13,7 @@ https://arxiv.org/abs/1701.08398, as in the authors' released code. Of all A = Q
     distance = (1 - lambda) (1 - s / (2 - s)) + lambda d(i, g), for queries i and gallery images g
 
 Deviation from the authors' code: which of equally distant images comes first, which there is left to the sort.
+(torchreid hands that code distances that are squared already, and it squares them again: its numbers are others.)
 
 How it works. No matrix of all distances is built, only tables of about block x block numbers. The product passes by in
 squares, half of them, since it is symmetric; what is no farther than the k-th nearest so far is kept, and in the end

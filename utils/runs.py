@@ -16,7 +16,7 @@ from utils.files import load_json, write_text
 from utils.flags import DEFAULTS, FREE, SCORING, WORKED_OUT, command_line, new_run
 
 NAMES = {"market": "Market-1501", "duke": "DukeMTMC-reID"}
-LOCAL = ("data_dir", "run_dir", "val_pids", "notes")  # what belongs to one machine: never collected
+LOCAL = ("data_dir", "val_pids", "notes")  # what belongs to one machine: never collected
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def read_evaluations(run_dir: Path, args: dict) -> list[dict]:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.get("dataset") is None or content["eval_on"] == "val" or not content["finished"]:
                 continue
-            if "k1" in content or any(content[key] != args[key] for key in SCORING):  # re-ranked, or not as the run was
+            as_the_run = all(content.get(key, DEFAULTS[key]) == args[key] for key in SCORING)
+            if "k1" in content or not as_the_run:  # k1: re-ranked
                 continue
             for name, metrics in content.get("tests", {content["dataset"]: content}).items():
                 options = {key: content["options"].get(key, default) for key, default in options_of(name).items()}
