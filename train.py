@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = distributed.share(batch_size)  # of a batch, for this process
     if count > 1 < args["micro_batches"] and not resumed and "micro_batches" not in args["explicit"]:
         args["micro_batches"] = max(args["micro_batches"] // count, 1)  # the recipe means parts of the whole batch
-        print(f"--micro-batches {args['micro_batches']} in each of {count} processes (the recipe's are of a whole batch)")
+        print(f"--micro-batches {args['micro_batches']} in each of {count} processes (the recipe's: of a whole batch)")
     if batch_size // count // args["micro_batches"] < 2:
         raise UserError(f"of {batch_size} images {count} processes with {args['micro_batches']} --micro-batches would "
                         "see fewer than 2 at a time (batch normalisation): larger batches or fewer parts")  # fmt: skip

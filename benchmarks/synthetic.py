@@ -5,16 +5,16 @@
     python benchmarks/synthetic.py --parts softmax long cameras seeds losses
 
     hsv        HSV histograms over six stripes, nothing learnt
-    untrained  the network of the quick setting (FLAGS) before its first step, the mean over three seeds
+    untrained  the network of the quick setting before its first step, the mean over three seeds
     softmax    trained in the quick setting, seed 0
     long       the same with three times the epochs
     cameras    trained on the images of cameras 1 to 3, half of all, for twice the epochs: as many steps; scored
                within cameras 1 to 3 and within 4 to 6, beside the network trained on all six
     seeds      softmax with five seeds
-    losses     seed 0 of every loss whose run of the quick setting is finished (this script trains none of them)
+    losses     seed 0 of every loss in results/runs (this script trains none of them)
 
-Runs are train.py's own, in runs/ under the names that experiments.sh gives them: a finished one (in runs/ or in
-results/runs/) is used as it is, one that began is resumed. Ends with the table of what is wanted and what was found,
+Runs are train.py's own, in runs/: a finished one (in runs/ or, under the same name, in results/runs/) is used as it is,
+one that began is resumed. Ends with the table of what is wanted and what was found,
 and writes both, with the commit that measured each part, to results/benchmarks/synthetic.json; parts that are not asked
 for are kept from that file.
 """
@@ -41,7 +41,9 @@ from evaluate import embed_split, load_run  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.environment import current_commit  # noqa: E402
 from utils.files import load_json, save_json  # noqa: E402
+from utils.flags import new_run  # noqa: E402
 from utils.ranking import rank_metrics  # noqa: E402
+from utils.runs import describe, load_groups  # noqa: E402
 from utils.seed import seed_everything  # noqa: E402
 
 PARTS = ("hsv", "untrained", "softmax", "long", "cameras", "seeds", "losses")
@@ -121,8 +123,7 @@ def trained(name: str, flags: list[str], checkpoint: bool = False) -> dict:
 
 def quick_run(args, seed: int = 0, suffix: str = "", times: int = 1, checkpoint: bool = False) -> dict:
     flags = ["--loss", "softmax", "--dataset", "synthetic", *flags_for(times), "--seed", str(seed)]
-    if args.data_dir != ROOT / "datasets":  # train.py's default, left out so that runs of experiments.sh can be resumed
-        flags += ["--data-dir", str(args.data_dir)]
+    flags += ["--data-dir", str(args.data_dir)]
     result = trained(f"synthetic_softmax_s{seed}_quick{suffix}", flags, checkpoint)
     return {key: result[key] for key in KEYS}
 
@@ -141,12 +142,8 @@ def measure_seeds(args) -> dict:
 
 
 def measure_losses(args) -> dict:
-    found = {}
-    name = "synthetic_*_s0_quick"
-    for path in [*ROOT.glob(f"runs/{name}/result.json"), *ROOT.glob(f"results/runs/{name}.json")]:
-        row, result = re.search(r"synthetic_(.+)_s0_quick", str(path))[1], load_json(path, KEYS)
-        found[row] = {key: result[key] for key in KEYS}
-    return dict(sorted(found.items()))
+    quick = load_groups(ROOT / "results")[describe(new_run({"loss": "softmax", "dataset": "synthetic"}))]
+    return {loss: {key: runs[0][key] for key in KEYS} for loss, runs in sorted(quick.items()) if 0 in runs}
 
 
 def measure_cameras(args) -> dict:

@@ -31,7 +31,7 @@ def runs_of(scores, **flags):
 
 def sections_of(folder, *runs):
     """Heading without the setting -> section."""
-    found = orders_and_ablations(groups_of(folder, *runs), results.PUBLISHED)
+    found = orders_and_ablations(groups_of(folder, *runs))
     return {section.partition(":")[0].partition("?")[0].strip("*"): section for section in found}
 
 
@@ -132,7 +132,7 @@ def test_other_data_and_networks_do_not_stand_side_by_side(tmp_path, flags):
 
 def test_one_recipe_has_no_section(tmp_path):
     groups = groups_of(tmp_path, *runs_of(dict.fromkeys(FIVE, (0.4, 0.5))))
-    assert orders_and_ablations(groups, results.PUBLISHED) == []
+    assert orders_and_ablations(groups) == []
     assert "Losses by recipes" not in results.markdown(groups)
 
 
@@ -186,7 +186,7 @@ def test_orders_of_the_recorded_runs_by_a_slow_form():
     orders = [{loss: rows[loss][seed]["mAP"] for loss in TWELVE} for seed in range(5)]
     found = kendall_range((order, market) for order in orders)
     assert found == pytest.approx((sorted(taus)[2], min(taus), max(taus), 5))
-    text = "\n".join(orders_and_ablations(groups, results.PUBLISHED))
+    text = "\n".join(orders_and_ablations(groups))
     line = cells(text)["controlled and Market-1501 as published"]
     assert line["tau, median"] == f"{found[0]:.2f}" and line["lowest to highest"] == f"{found[1]:.2f} to {found[2]:.2f}"
 

@@ -24,6 +24,8 @@ from data.synthetic.__main__ import contact_sheet
 from data.synthetic.figures import Figure, Pose
 from data.synthetic.people import TWIN_SHARE, near_twin, visible
 from data.synthetic.scenes import CAMERAS, cameras, scene
+from utils.flags import new_run
+from utils.runs import describe
 
 SEED_1_DIGESTS = ("1f4de4c9d4b1b244", "19a55b49799fc48e")  # with AVX-512, and without
 NAME = re.compile(r"(-1|\d{4,})_c([1-6])s([1-6])_(\d{6})_(\d{2})\.jpg")
@@ -298,12 +300,9 @@ def test_contact_sheet(tmp_path):
 def test_benchmark_names_the_commit_of_each_part(tmp_path, monkeypatch, capsys):
     """Parts that are not asked for are kept with their commit; figures of another version of the images are not."""
     output = tmp_path / "synthetic.json"
-    runs = {"runs/synthetic_a+b_s0_quick/result.json": 0.7, "results/runs/synthetic_c_s0_quick.json": 0.5}
-    for name, rank1 in runs.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"rank1": rank1, "mAP": 0.3, "seconds": 1}))
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    quick = describe(new_run({"loss": "arcface", "dataset": "synthetic"}))
+    runs = {"c": {0: {"rank1": 0.5, "mAP": 0.3, "seconds": 1}}, "a+b": {0: {"rank1": 0.7, "mAP": 0.3}}, "d": {1: {}}}
+    monkeypatch.setattr(benchmark, "load_groups", {benchmark.ROOT / "results": {quick: runs}}.get)
     monkeypatch.setattr(benchmark, "measure_hsv", lambda _: {"rank1": 0.4, "mAP": 0.1})
     monkeypatch.setattr(benchmark, "measure_softmax", lambda _: {"rank1": 0.6, "mAP": 0.4})
 

@@ -102,7 +102,7 @@ def test_features_reranked_and_verified_from_the_command_line(tmp_path, capsys):
     evaluate.main(["--features", path, "--rerank", "--k1", "5", "--lambda", "0.1", "--device", "cpu"])
     out = capsys.readouterr().out
     wanted = evaluate.score(f, reranking={"k1": 5, "k2": 6, "lambda_": 0.1})
-    assert "f.npz, re-ranked" in out and f"{100 * wanted['mAP']:.2f}" in out
+    assert "f.npz, cosine, re-ranked" in out and f"{100 * wanted['mAP']:.2f}" in out
     assert f"{100 * evaluate.score(f)['mAP']:.2f}" not in out
     evaluate.main(["--features", path, "--verification", "--device", "cpu"])
     out = capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_a_run_keeps_reranked_numbers_in_a_file_of_their_own(flags, tmp_path, sm
     for more in ([], ["--rerank"], ["--rerank", "--k1", "3"], ["--verification"]):
         evaluate.main(["--run", str(folder), "--device", "cpu", *more])
     out = capsys.readouterr().out
-    assert out.count("run on market, re-ranked") == 2 and "of the test set, which they describe" in out
+    assert out.count("run on market, cosine, re-ranked") == 2 and "of the test set, which they describe" in out
     names = sorted(path.name for path in folder.glob("evaluation_*"))
     assert names == [f"evaluation_market_cosine{end}.json" for end in ("", "_k1-3_rerank", "_rerank", "_verification")]
     plain, k1, reranked, verified = (json.loads((folder / name).read_text()) for name in names)

@@ -194,7 +194,7 @@ def new_run(explicit: dict) -> dict:
     args["loss_args"] = [f"{key}={value!r}" for key, value in values.get("loss_args", {}).items()]
     args["loss_args"] += explicit.get("loss_args", [])
     build_loss(args["loss"], 2, 2, args["loss_args"])  # is all of it known?
-    return {"loss_args_by_steps": {}, "loss_args_by_people": {}, **args, "explicit": explicit}
+    return {**{kind: {} for kind in WORKED_OUT}, **args, "explicit": explicit}
 
 
 def least_scale(num_people: int) -> float:

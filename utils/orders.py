@@ -9,17 +9,16 @@ from itertools import combinations, product
 from losses import ROWS, row_name
 from utils.flags import DEFAULTS, new_run
 from utils.recipes import RECIPES
-from utils.runs import NAMES, Groups, Setting
+from utils.runs import NAMES, PUBLISHED, Groups, Setting
 from utils.statistics import FEWEST, LEVEL, holm, interval, kendall_range, paired_p
 from utils.words import markdown_table, p_in_words, percent
 
 BASE = DEFAULTS["recipe"]  # the recipe that the others are compared with
 
 Rows = dict[str, dict[int, dict]]  # loss -> seed -> run
-Published = dict[str, dict[str, tuple[float, float]]]  # loss -> data set -> rank-1 and mAP in percent
 
 
-def orders_and_ablations(groups: Groups, published: Published) -> list[str]:
+def orders_and_ablations(groups: Groups) -> list[str]:
     """For each setting of the controlled recipe: its losses by recipes, the orders of these, its tricks in turn."""
     sections = []
     for setting, rows in groups.items():
@@ -27,7 +26,7 @@ def orders_and_ablations(groups: Groups, published: Published) -> list[str]:
             columns, settings = by_recipe(groups, setting), one_trick_more(groups, setting)
             data = str(setting).replace(f", {BASE} recipe", "", 1)
             if len(columns) > 1:
-                sections += [recipes_section(data, columns), orders_section(data, columns, published)]
+                sections += [recipes_section(data, columns), orders_section(data, columns)]
             if len(settings) > 1:
                 sections.append(ablation_section(data, {BASE: rows, **settings}, columns))
     return [section for section in sections if section]
@@ -146,14 +145,14 @@ def gains_and_losses(name: str, changes: dict) -> str:
     return f"{name[0].upper()}{name[1:]} against {BASE} ({tested} tests), {'; '.join(words)}."
 
 
-def orders_section(data: str, columns: dict[str, Rows], published: Published) -> str:
+def orders_section(data: str, columns: dict[str, Rows]) -> str:
     """Kendall's tau of the orders of the losses by mAP: between seeds of a recipe, recipes, and published tables."""
     losses = compared_losses(columns)
     orders = {name: orders_by_seed(rows, losses) for name, rows in columns.items()}
     pairs = {f"two seeds of {name}": list(combinations(found, 2)) for name, found in orders.items()}
     pairs |= {f"{a} and {b}": list(product(orders[a], orders[b])) for a, b in combinations(columns, 2)}
     for dataset, title in NAMES.items():
-        order = {loss: scores[dataset][1] for loss, scores in published.items()}
+        order = {loss: scores[dataset][1] for loss, scores in PUBLISHED.items()}
         pairs |= {f"{name} and {title} as published": [(seed, order) for seed in orders[name]] for name in orders}
     lines = []
     for name, both in pairs.items():

@@ -20,7 +20,7 @@ from losses import LOSSES, ROWS, TWELVE
 from utils.errors import UserError
 from utils.flags import build_parser, command_line, new_run, run_name
 from utils.results import duration
-from utils.runs import own_flags, read_run
+from utils.runs import NAMES, own_flags, read_run
 
 SET_BY = {"loss": "LOSSES", "dataset": "DATASETS", "seed": "SEEDS", "data_dir": "DATA_DIR"}
 # without a finished run to go by, a training is assumed to take this long
@@ -31,7 +31,7 @@ ASSUMED = (1200, "20 minutes a run, for resnet50 at 256x128 on a recent GPU; wit
 def datasets_here(data_dir: str) -> list[str]:
     """Market-1501 and DukeMTMC-reID, if they can be read."""
     found = []
-    for name in ("market", "duke"):
+    for name in NAMES:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

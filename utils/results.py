@@ -30,25 +30,10 @@ from utils.errors import UserError
 from utils.files import write_text
 from utils.flags import new_run
 from utils.orders import orders_and_ablations
-from utils.runs import NAMES, Groups, Setting, collect, command, describe, load_groups
+from utils.runs import NAMES, PUBLISHED, Groups, Setting, collect, command, describe, load_groups
 from utils.statistics import LEVEL, holm, interval, paired_p
 from utils.words import markdown_table, p_in_words, percent
 
-# Rank-1 and mAP in percent of "Person re-identification based on deep metric learning": one run per cell.
-PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
-    "softmax": {"market": (82.3, 64.6), "duke": (72.6, 54.9)},
-    "triplet": {"market": (77.9, 59.2), "duke": (70.4, 52.6)},
-    "softmax+triplet": {"market": (83.7, 66.8), "duke": (75.1, 57.3)},
-    "softmax+center": {"market": (84.2, 66.1), "duke": (73.3, 55.9)},
-    "npair": {"market": (79.8, 62.2), "duke": (75.0, 57.2)},
-    "histogram": {"market": (75.9, 59.6), "duke": (68.3, 50.1)},
-    "focal": {"market": (82.8, 64.2), "duke": (72.8, 54.1)},
-    "multi_similarity": {"market": (72.8, 55.9), "duke": (66.0, 47.3)},
-    "sphereface_m1": {"market": (85.6, 69.2), "duke": (75.6, 58.1)},
-    "sphereface": {"market": (86.2, 70.0), "duke": (76.0, 58.1)},
-    "cosface": {"market": (84.9, 65.1), "duke": (75.0, 54.7)},
-    "arcface": {"market": (85.1, 65.0), "duke": (75.2, 54.3)},
-}
 NOT_RUN = "not run"
 BEGIN, END = "<!-- results -->", "<!-- end -->"
 
@@ -194,9 +179,10 @@ def markdown_not_run(datasets: Sequence[str]) -> str:
 def markdown(groups: Groups) -> str:
     """All tables, the captions that hold for all of them last."""
     parts = [markdown_group(setting, rows) for setting, rows in groups.items()]
-    missing = [dataset for dataset, name in NAMES.items() if not any(s.data.split(",")[0] == name for s in groups)]
+    every = [run["args"] for rows in groups.values() for runs in rows.values() for run in runs.values()]
+    missing = [dataset for dataset in NAMES if dataset not in {a["dataset"] for a in every if has_published(a)}]
     parts += [markdown_not_run(missing)] if missing else []
-    parts += orders_and_ablations(groups, PUBLISHED)
+    parts += orders_and_ablations(groups)
     parts += markdown_across(groups)
     parts.append(
         "Percent; mean ± half of the 95 % interval over n seeds (Student's t). Training time: mean of the training "
