@@ -169,16 +169,6 @@ def test_the_table_agrees_with_headers_and_signatures(row):
         assert ("Deviation from the paper: none" in headers[0]) == deviation.startswith("none")
 
 
-def test_the_example_of_copying_is_true(tmp_path):
-    """The four lines under "Copy a loss", as they stand, beside a copied file in an otherwise empty folder."""
-    (block,) = re.findall(r"## Copy a loss.*?```python\n(.*?)```", README, flags=re.S)
-    (tmp_path / "arcface.py").write_bytes((ROOT / "losses" / "arcface.py").read_bytes())
-    before = "import torch\nembeddings = torch.randn(8, 2048, requires_grad=True)\nlabels = torch.arange(8) % 4\n"
-    after = "assert loss.isfinite() and embeddings.grad.abs().sum() > 0 and loss_fn.weight.grad.abs().sum() > 0\n"
-    (tmp_path / "loop.py").write_text(before + block + after)
-    subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, check=True, timeout=120)
-
-
 @every_own_file
 def test_no_device_no_data_no_uint8(path):
     """Tensors follow their inputs; nothing is edited behind autograd's back; masks are bool; nothing is printed. One
