@@ -19,7 +19,7 @@ import evaluate
 import train
 from utils import plan, results
 from utils.flags import build_parser, least_scale, new_run
-from utils.orders import signed
+from utils.orders import changes_from, one_trick_more, signed
 from utils.runs import describe, load_groups
 from utils.statistics import interval
 
@@ -146,37 +146,54 @@ def test_a_readme_shows_the_runs_in_results(name, options, tmp_path, capsys):
     )
 
 
-def test_the_numbers_of_the_findings():
-    """Each as the sentence gives it, worked out from the runs."""
-    groups, plain = load_groups(ROOT / "results"), {"loss": "softmax", "dataset": "synthetic"}
-    settings = ({}, {"recipe": "published", "micro_batches": 1}, {"synthetic_ids": 751, "amp": True})
-    controlled, published, large = (groups[describe(new_run({**plain, **flags}))] for flags in settings)
-    found = " ".join(RESULTS.partition("## What was found")[2].split())
-    first = {loss: seeds[0] for loss, seeds in published.items()}
-    change = {loss: 100 * (first[loss]["mAP"] - controlled[loss][0]["mAP"]) for loss in first}
-    assert f"softmax gains {change['softmax']:.0f} points of mAP" in found
-    assert f"multi-similarity loses {-change['multi_similarity']:.0f} (" in found
-    order = sorted(first, key=lambda loss: -first[loss]["mAP"])
-    assert order[:3] == ["softmax+center", "softmax", "focal"]
-    assert order[-5:] == ["histogram", "triplet", "multi_similarity", "softmax+triplet", "npair"]
+def findings():
+    return " ".join(RESULTS.partition("## What was found")[2].partition("![Mean mAP")[0].split())
 
+
+def groups_by_recipe():
+    """The runs of the controlled recipe, of others, and of the large set: loss -> seed -> run."""
+    groups, plain = load_groups(ROOT / "results"), {"loss": "softmax", "dataset": "synthetic"}
+    settings = {
+        "controlled": {},
+        "published": {"recipe": "published", "micro_batches": 1},
+        "tricks": {"recipe": "tricks"},
+        "large": {"synthetic_ids": 751, "amp": True},
+    }
+    found = {name: groups[describe(new_run({**plain, **flags}))] for name, flags in settings.items()}
+    for loss, pair in (("circle", "scale=128"), ("supcon", "temperature=0.1")):
+        found["large"] |= groups[describe(new_run({**plain, **settings["large"], "loss": loss, "loss_args": [pair]}))]
+    return groups, found
+
+
+def by_map(rows, seed=0):
+    """The losses by mAP with this seed, the highest first."""
+    return sorted((loss for loss in rows if seed in rows[loss]), key=lambda loss: -rows[loss][seed]["mAP"])
+
+
+def test_findings_of_the_controlled_recipe():
+    """Each number as the sentence gives it, worked out from the runs."""
+    found, controlled = findings(), groups_by_recipe()[1]["controlled"]
     summary = {entry["row"]: entry for entry in results.summarise(controlled)}
     twelve = {loss: entry for loss, entry in summary.items() if entry["part"] == "published"}
+    n, comparisons = {len(entry["seeds"]) for entry in twelve.values()}, twelve["softmax"]["comparisons"]
+    assert f"twelve losses** (n = {n.pop()}, {comparisons} comparisons)" in found and not n
     tied = sorted((loss for loss, entry in twelve.items() if entry["p"] and entry["p"] > 0.05),
                   key=lambda loss: -twelve[loss]["mAP"][0])  # fmt: skip
     assert twelve["multi_similarity"]["best"] and tied == ["softmax+triplet", "softmax+center", "triplet"]
-    assert "(p = " + ", ".join(f"{twelve[loss]['p']:.2f}" for loss in tied) + "; n = 5, 11 comparisons)" in found
-    means = sorted(100 * entry["mAP"][0] for entry in twelve.values())
-    assert f"more than the {means[-1] - means[1]:.0f} points that lie between the first and the eleventh" in found
-    softmax = twelve["softmax"]["mAP"][0]
-    for loss in ("sphereface", "cosface", "arcface", "focal"):
-        assert abs(twelve[loss]["mAP"][0] - softmax) <= 0.0151
+    assert "(p = " + ", ".join(f"{twelve[loss]['p']:.2f}" for loss in tied) + "), and the other eight are" in found
+
+    assert [by_map({loss: controlled[loss] for loss in twelve}, seed)[0] for seed in range(5)] == [
+        *["multi_similarity"] * 3, *["softmax+triplet"] * 2]  # fmt: skip
+    three = results.summarise({loss: {seed: controlled[loss][seed] for seed in range(3)} for loss in twelve})
+    p_values = {entry["row"]: entry["p"] for entry in three if entry["p"] is not None}
+    assert p_values.pop("npair") < 0.05 and f"the others' p is {min(p_values.values()):.2f} or more" in found
 
     later = {loss: entry for loss, entry in summary.items() if entry["part"] == "later"}
     assert [loss for loss, entry in later.items() if entry["higher"]] == ["adasp"] and len(later) == 8
+    n, comparisons = {len(entry["seeds"]) for entry in later.values()}, later["adasp"]["comparisons"]
+    assert f"same recipe** (n = {n.pop()}, {comparisons} comparisons with multi-similarity" in found and not n
     adasp, highest = (100 * summary[loss]["mAP"][0] for loss in ("adasp", "multi_similarity"))
-    test = f"not shown to be higher, p = {later['adasp']['p']:.2f}; n = 5, 8 comparisons)"
-    assert f"(mAP {adasp:.1f} against {highest:.1f}; {test}" in found
+    assert f"(mAP {adasp:.1f} against {highest:.1f}, not shown to be higher, p = {later['adasp']['p']:.2f})" in found
     lower = {loss for loss, entry in later.items() if entry["p"] < 0.05}
     p_values = [entry["p"] for loss, entry in later.items() if loss not in {*lower, "adasp"}]
     assert lower == {"circle", "weighted_triplet"} and len(p_values) == 5
@@ -188,24 +205,49 @@ def test_the_numbers_of_the_findings():
                  for key in ("rank1", "mAP")]  # fmt: skip
         assert f"{loss} {gains[0]} and {gains[1]}" in found
 
-    best = [max(twelve, key=lambda loss: controlled[loss][seed]["mAP"]) for seed in range(5)]
-    assert best == ["multi_similarity"] * 3 + ["softmax+triplet"] * 2
-    three = results.summarise({loss: {seed: controlled[loss][seed] for seed in range(3)} for loss in twelve})
-    p_values = {entry["row"]: entry["p"] for entry in three if entry["p"] is not None}
-    assert p_values.pop("npair") < 0.05 and f"{min(p_values.values()):.2f}" == "0.27"
 
-    for loss, pair in (("circle", "scale=128"), ("supcon", "temperature=0.1")):
-        large |= groups[describe(new_run({**plain, **settings[2], "loss": loss, "loss_args": [pair]}))]
-    order = sorted(large, key=lambda loss: -large[loss][0]["mAP"])
-    assert order[:4] == ["softmax+triplet", "triplet", "circle", "arcface"]
-    for loss in order[:4]:
+def test_findings_of_other_recipes():
+    found, (groups, rows) = findings(), groups_by_recipe()
+    controlled = rows["controlled"]
+    change = {name: {loss: 100 * mean for loss, (mean, *_) in changes_from(controlled, rows[name]).items()}
+              for name in ("published", "tricks")}  # fmt: skip
+    assert {len(runs) for runs in rows["published"].values()} == {1} and len(rows["tricks"]) == 12
+    assert f"softmax gains {change['published']['softmax']:.0f} points of mAP" in found
+    assert f"multi-similarity loses {-change['published']['multi_similarity']:.0f} (" in found
+    assert by_map(rows["published"])[:3] == ["softmax+center", "softmax", "focal"]
+
+    assert min(change["tricks"], key=change["tricks"].get) == "multi_similarity"
+    assert f"to {-change['tricks']['multi_similarity']:.0f} points of mAP (multi-similarity)" in found
+    assert sorted(change["tricks"], key=change["tricks"].get)[-2:] == ["histogram", "npair"]
+    assert f"lose {-change['tricks']['histogram']:.0f} (histogram)" in found
+    assert f"N-pair gains {change['tricks']['npair']:.0f}," in found
+    assert by_map(rows["tricks"])[:3] == ["histogram", "focal", "softmax+center"]
+    alone = one_trick_more(groups, describe(new_run({"loss": "softmax", "dataset": "synthetic"})))
+    for flag in ("--milestones 2 3", "--neck bn", "--last-stride 1"):
+        changes = [changes_from(controlled, alone[flag])[loss][0] for loss in ("softmax", "multi_similarity")]
+        assert f"({signed(changes[0], None)} and {signed(changes[1], None)})" in found, flag
+
+    medians = {
+        "two seeds of controlled": "where two seeds of the controlled recipe have {}",
+        "controlled and published (--micro-batches 1)": "controlled and published {},",
+        "controlled and tricks": "controlled and tricks {},",
+        "controlled and Market-1501 as published": "and Market-1501 as published {},",
+    }
+    for name, words in medians.items():
+        median = re.search(rf"^\| {re.escape(name)} +\| (\S+)", RESULTS, flags=re.M)[1]
+        assert words.format(median) in found, name
+
+    large = rows["large"]
+    assert by_map(large)[:4] == ["softmax+triplet", "triplet", "circle", "arcface"] and len(large) == 14
+    for loss in by_map(large)[:4]:
         assert f"{loss} {100 * large[loss][0]['rank1']:.1f} / {100 * large[loss][0]['mAP']:.1f}" in found
     assert f"({100 * large['sphereface'][0]['rank1']:.1f} / {100 * large['sphereface'][0]['mAP']:.1f})" in found
-    assert len(large) == 14 and "Fourteen trainings" in found
 
     untrained = json.loads((ROOT / "results/benchmarks/synthetic.json").read_text())["found"]["untrained"]
     assert f"rank-1 {100 * untrained['rank1']:.1f}, mAP {100 * untrained['mAP']:.1f}" in found
     assert f"has rank-1 {100 * untrained['rank1']:.1f} and mAP {100 * untrained['mAP']:.1f}" in README
+    npair = 100 * (results.summarise({"npair": controlled["npair"]})[0]["rank1"][0] - untrained["rank1"])
+    assert f"N-pair ends {npair:.0f} points of rank-1 above" in found
     for path in (ROOT / "results/npair/runs").glob("*.json"):
         run = json.loads(path.read_text())
         assert f"{100 * run['rank1']:.1f} / {100 * run['mAP']:.1f}" in found
