@@ -180,7 +180,7 @@ def test_findings_of_the_controlled_recipe():
     tied = sorted((loss for loss, entry in twelve.items() if entry["p"] and entry["p"] > 0.05),
                   key=lambda loss: -twelve[loss]["mAP"][0])  # fmt: skip
     assert twelve["multi_similarity"]["best"] and tied == ["softmax+triplet", "softmax+center", "triplet"]
-    assert "(p = " + ", ".join(f"{twelve[loss]['p']:.2f}" for loss in tied) + "), and the other eight are" in found
+    assert "(p = " + ", ".join(f"{twelve[loss]['p']:.2f}" for loss in tied) + "), which is no proof of being equal" in found
 
     assert [by_map({loss: controlled[loss] for loss in twelve}, seed)[0] for seed in range(5)] == [
         *["multi_similarity"] * 3, *["softmax+triplet"] * 2]  # fmt: skip
@@ -194,10 +194,13 @@ def test_findings_of_the_controlled_recipe():
     assert f"same recipe** (n = {n.pop()}, {comparisons} comparisons with multi-similarity" in found and not n
     adasp, highest = (100 * summary[loss]["mAP"][0] for loss in ("adasp", "multi_similarity"))
     assert f"(mAP {adasp:.1f} against {highest:.1f}, not shown to be higher, p = {later['adasp']['p']:.2f})" in found
+    seconds = groups_by_recipe()[0][describe(new_run({"loss": "adasp", "dataset": "synthetic", "synthetic_seed": 1}))]
+    across = [test["mAP"] for run in seconds["adasp"].values() for test in run["across"]]
+    assert f"has {100 * np.mean(across):.1f} on the same test instead of {adasp:.1f}" in found and len(across) == 3
     lower = {loss for loss, entry in later.items() if entry["p"] < 0.05}
     p_values = [entry["p"] for loss, entry in later.items() if loss not in {*lower, "adasp"}]
     assert lower == {"circle", "weighted_triplet"} and len(p_values) == 5
-    assert f"(p = {min(p_values):.2f} to {max(p_values):.2f})" in found
+    assert f"(p = {min(p_values):.4f} to {max(p_values):.2f})" in found and min(p_values) > 0.05
     for loss in ("adasp", "adaface"):
         ranked = [json.loads((ROOT / f"results/reranking/{loss}_s{seed}.json").read_text()) for seed in range(5)]
         assert all((run["k1"], run["k2"], run["lambda_"]) == (20, 6, 0.3) for run in ranked)
@@ -214,6 +217,8 @@ def test_findings_of_other_recipes():
     assert {len(runs) for runs in rows["published"].values()} == {1} and len(rows["tricks"]) == 12
     assert f"softmax gains {change['published']['softmax']:.0f} points of mAP" in found
     assert f"multi-similarity loses {-change['published']['multi_similarity']:.0f} (" in found
+    assert f"softmax+triplet loses {-change['published']['softmax+triplet']:.0f} (" in found
+    assert "(n = 1, no test; batch normalisation" in found
     assert by_map(rows["published"])[:3] == ["softmax+center", "softmax", "focal"]
 
     assert min(change["tricks"], key=change["tricks"].get) == "multi_similarity"
@@ -223,15 +228,24 @@ def test_findings_of_other_recipes():
     assert f"N-pair gains {change['tricks']['npair']:.0f}," in found
     assert by_map(rows["tricks"])[:3] == ["histogram", "focal", "softmax+center"]
     alone = one_trick_more(groups, describe(new_run({"loss": "softmax", "dataset": "synthetic"})))
+    changes = {flag: [each[0] for _, each in sorted(changes_from(controlled, runs).items(), reverse=True)]
+               for flag, runs in alone.items()}  # fmt: skip
     for flag in ("--milestones 2 3", "--neck bn", "--last-stride 1"):
-        changes = [changes_from(controlled, alone[flag])[loss][0] for loss in ("softmax", "multi_similarity")]
-        assert f"({signed(changes[0], None)} and {signed(changes[1], None)})" in found, flag
+        softmax, multi_similarity = (signed(each, None) for each in changes.pop(flag))
+        assert f"({softmax} and {multi_similarity})" in found, flag
+    low, high = (signed(find(each for pair in changes.values() for each in pair), None) for find in (min, max))
+    assert f"the others between {low} and {high};" in found
+    counts = sorted({len(runs) for rows in alone.values() for runs in rows.values()})
+    assert f"multi-similarity, n = {' or '.join(map(str, counts))}, no test)" in found
 
     medians = {
-        "two seeds of controlled": "where two seeds of the controlled recipe have {}",
+        "two seeds of controlled": "two seeds of the controlled recipe {}.",
         "controlled and published (--micro-batches 1)": "controlled and published {},",
         "controlled and tricks": "controlled and tricks {},",
-        "controlled and Market-1501 as published": "and Market-1501 as published {},",
+        "published (--micro-batches 1) and tricks": "published and tricks {};",
+        "controlled and Market-1501 as published": "with Market-1501 as published {},",
+        "published (--micro-batches 1) and Market-1501 as published": ", {} and ",
+        "tricks and Market-1501 as published": "and {} (controlled, published, tricks)",
     }
     for name, words in medians.items():
         median = re.search(rf"^\| {re.escape(name)} +\| (\S+)", RESULTS, flags=re.M)[1]
@@ -241,11 +255,17 @@ def test_findings_of_other_recipes():
     assert by_map(large)[:4] == ["softmax+triplet", "triplet", "circle", "arcface"] and len(large) == 14
     for loss in by_map(large)[:4]:
         assert f"{loss} {100 * large[loss][0]['rank1']:.1f} / {100 * large[loss][0]['mAP']:.1f}" in found
-    assert f"({100 * large['sphereface'][0]['rank1']:.1f} / {100 * large['sphereface'][0]['mAP']:.1f})" in found
+    for loss in ("sphereface", "sphereface_m1"):
+        assert f"{loss} ({100 * large[loss][0]['rank1']:.1f} / {100 * large[loss][0]['mAP']:.1f})" in found
+
+    tables = " ".join(RESULTS.partition("## Tables")[2].split())
+    for loss, name in (("softmax", "softmax"), ("multi_similarity", "multi-similarity;")):
+        again = json.loads((ROOT / f"results/again/{loss}_s0.json").read_text())["mAP"]
+        assert f"{100 * again:.1f} instead of {100 * controlled[loss][0]['mAP']:.1f} ({name}" in tables
 
     untrained = json.loads((ROOT / "results/benchmarks/synthetic.json").read_text())["found"]["untrained"]
     assert f"rank-1 {100 * untrained['rank1']:.1f}, mAP {100 * untrained['mAP']:.1f}" in found
-    assert f"has rank-1 {100 * untrained['rank1']:.1f} and mAP {100 * untrained['mAP']:.1f}" in README
+    assert f"Untrained: {100 * untrained['rank1']:.1f} / {100 * untrained['mAP']:.1f}." in README
     npair = 100 * (results.summarise({"npair": controlled["npair"]})[0]["rank1"][0] - untrained["rank1"])
     assert f"N-pair ends {npair:.0f} points of rank-1 above" in found
     for path in (ROOT / "results/npair/runs").glob("*.json"):
