@@ -200,7 +200,7 @@ def test_findings_of_the_controlled_recipe():
     lower = {loss for loss, entry in later.items() if entry["p"] < 0.05}
     p_values = [entry["p"] for loss, entry in later.items() if loss not in {*lower, "adasp"}]
     assert lower == {"circle", "weighted_triplet"} and len(p_values) == 5
-    assert f"(p = {min(p_values):.4f} to {max(p_values):.2f})" in found and min(p_values) > 0.05
+    assert f"(p = {min(p_values):.2f}, just above, to {max(p_values):.2f})" in found and 0.05 < min(p_values) < 0.051
     for loss in ("adasp", "adaface"):
         ranked = [json.loads((ROOT / f"results/reranking/{loss}_s{seed}.json").read_text()) for seed in range(5)]
         assert all((run["k1"], run["k2"], run["lambda_"]) == (20, 6, 0.3) for run in ranked)

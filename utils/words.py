@@ -6,8 +6,7 @@ def percent(mean: float, half: float | None) -> str:
 
 
 def p_in_words(p: float) -> str:
-    digits = 4 if f"{p:.3f}" == "0.050" else 3  # on which side of 5 %?
-    return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
