@@ -180,7 +180,8 @@ def test_findings_of_the_controlled_recipe():
     tied = sorted((loss for loss, entry in twelve.items() if entry["p"] and entry["p"] > 0.05),
                   key=lambda loss: -twelve[loss]["mAP"][0])  # fmt: skip
     assert twelve["multi_similarity"]["best"] and tied == ["softmax+triplet", "softmax+center", "triplet"]
-    assert "(p = " + ", ".join(f"{twelve[loss]['p']:.2f}" for loss in tied) + "), which is no proof of being equal" in found
+    p_values = ", ".join(f"{twelve[loss]['p']:.2f}" for loss in tied)
+    assert f"(p = {p_values}), which is no proof of being equal" in found
 
     assert [by_map({loss: controlled[loss] for loss in twelve}, seed)[0] for seed in range(5)] == [
         *["multi_similarity"] * 3, *["softmax+triplet"] * 2]  # fmt: skip
