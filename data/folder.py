@@ -221,13 +221,14 @@ def build(found: list[Found], shape: str, where: str, split_seed: int, test_shar
     found = [one for one in found if one.person != "-1"]
     names = sorted({one.person for one in found})
     check_names(names, report)
-    without = sum(one.camid < 0 and one.part != "train" for one in found)  # training does not ask for cameras
+    without = any(one.camid < 0 and one.part != "train" for one in found)  # training does not ask for cameras
     pids = {name: pid for pid, name in enumerate(names, 1)}
     records = [Record(Path(one.path), pids[one.person], -1 if without else one.camid) for one in found]
     cameras = len({record.camid for record in records} - {-1})
     known = number_of(cameras, "camera")
     if without:
-        known = f"cameras unknown ({number_of(without, 'image')} without _cN) and so ignored"
+        lacking = number_of(sum(one.camid < 0 for one in found), "image")
+        known = f"cameras unknown ({lacking} without _cN) and so ignored"
     report("note", f"{shape}: {number_of(len(names), 'person', 'people')}, {number_of(len(found), 'image')}, {known}")
 
     if found and not found[0].part:

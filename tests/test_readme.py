@@ -353,7 +353,7 @@ def test_features_of_another_project(tmp_path, monkeypatch, capsys):
     exec(block, {})
     evaluate.main(["--features", "features.npz"])
     scores = capsys.readouterr().out.splitlines()[2].split()  # the true match is second behind person 2
-    assert scores[1:3] == ["0.00", "100.00"] and scores[5] == "50.00"
+    assert scores[2:4] == ["0.00", "100.00"] and scores[6] == "50.00"
 
 
 def copy_tree(folder):
