@@ -187,7 +187,8 @@ def metrics_table(metrics: dict, title: str) -> str:
 def load_run(run_dir: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """The trained backbone of a run folder, in eval mode, and the run's flags."""
     if not (run_dir / "args.json").is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no args.json (train.py names it behind ->)")
+        where = "train.py prints a run's folder behind ->"
+        raise UserError(f"{run_dir} is not a run folder: it has no args.json ({where})")
     args = load_args(run_dir)
     checkpoint = load_checkpoint(run_dir / "last.pt")
     check_same_run(run_dir / "last.pt", checkpoint, args, ("arch", "loss", "dataset", "seed", *model_options(args)))
@@ -283,8 +284,8 @@ def main(argv: list[str] | None = None) -> None:
                 print("a camera is unknown (-1): only the query image itself is dropped (as with --ignore-cameras)")
         with user_input():
             metrics = score(features, args.metric or "cosine", args.ignore_cameras, **further)
-        title = f"{args.features}, {args.metric or 'cosine'}"
-        print(metrics_table(metrics, f"{title}{', re-ranked' if args.rerank else ''}"))
+        how = f"{args.metric or 'cosine'}{', re-ranked' if args.rerank else ''}"
+        print(metrics_table(metrics, f"{args.features}, {how}"))
         if args.verification:
             print(verification_table(metrics))
         return

@@ -14,9 +14,8 @@
     losses     seed 0 of every loss in results/runs (this script trains none of them)
 
 Runs are train.py's own, in runs/: a finished one (in runs/ or, under the same name, in results/runs/) is used as it is,
-one that began is resumed. Ends with the table of what is wanted and what was found,
-and writes both, with the commit that measured each part, to results/benchmarks/synthetic.json; parts that are not asked
-for are kept from that file.
+one that began is resumed. Ends with the table of what is wanted and what was found, and writes both, with the commit
+that measured each part, to results/benchmarks/synthetic.json; parts that are not asked for are kept from that file.
 """
 
 import argparse

@@ -7,7 +7,8 @@
 
 In 2 and 3 the folders may also have Market-1501's names. People's names are any text and are numbered in sorted order;
 a person called -1 is junk and left out. Images may lie in folders further in. Cameras are known if every image's name
-holds _cN (or the CSV file says so); otherwise every camid is -1, and scoring has to ignore cameras.
+holds _cN (or the CSV file says so), of a given split every test image's; otherwise every camid is -1, and scoring has
+to ignore cameras.
 """
 
 import csv

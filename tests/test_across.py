@@ -195,6 +195,16 @@ def test_the_runs_own_way_of_scoring_counts(tmp_path):
     assert heading.endswith(", 5 epochs, --metric euclidean, --ignore-cameras, --flip-test")
 
 
+def test_a_switch_that_an_older_file_lacks_counts_as_its_default(tmp_path):
+    """Of a file from before --flip-test: scored without."""
+    evaluation = synthetic(1)
+    del evaluation["flip_test"]
+    run_folder(tmp_path / "a", result(), evaluation)
+    run_folder(tmp_path / "b", result("triplet", flip_test=True), evaluation)
+    (found,) = tables(tmp_path).values()  # the other run was scored otherwise
+    assert found[ZERO][ONE] == "30.0 / 20.0 (n = 1)"
+
+
 def test_an_option_that_an_older_file_lacks_counts_as_its_default(tmp_path):
     evaluation = synthetic(1)
     del evaluation["options"]["synthetic_ids"]

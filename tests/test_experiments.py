@@ -19,7 +19,7 @@ import pytest
 
 import utils.plan
 from data import load_dataset
-from losses import ROWS, TWELVE, row_name
+from losses import LOSSES, ROWS, TWELVE, row_name
 from tests.conftest import write_tiny_market
 from utils.flags import DEFAULTS, build_parser, new_run, run_name
 from utils.plan import ASSUMED, ASSUMED_SMALL, SET_BY, commands, estimate, plan
@@ -217,10 +217,12 @@ def test_a_fresh_clone_trains(dry):
     assert "12 runs, 0 of them finished before; 12 to do: about 30.0 min of training (12 by finished runs" in err
 
 
-def test_all_losses_and_other_seeds(tmp_path):
+def test_all_losses_and_other_seeds(tmp_path, monkeypatch):
     nowhere = {"DATA_DIR": str(tmp_path), "LOSSES": "npair"}
     assert planned(**nowhere, SEEDS="1 2") == ["synthetic_npair_s1", "synthetic_npair_s2"]
     assert planned(LOSSES="all", DATASETS="synthetic", SEEDS="0") == [f"synthetic_{row}_s0" for row in ROWS]
+    monkeypatch.setitem(LOSSES, "mine", LOSSES["softmax"])  # somebody's own: in no row of the tables
+    assert planned(LOSSES="all", DATASETS="synthetic", SEEDS="0")[-2:] == ["synthetic_adaface_s0", "synthetic_mine_s0"]
     assert planned(DATASETS="synthetic", SEEDS="0") == [f"synthetic_{row}_s0" for row in TWELVE]
 
 

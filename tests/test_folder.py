@@ -342,6 +342,15 @@ def test_cameras_in_a_csv_file(tmp_path):
     assert {r.camid for records in split for r in records} == {-1}
 
 
+@pytest.mark.parametrize("unknown, known", [(0, True), (3, False)], ids=["of training", "of the test"])
+def test_a_camera_that_is_not_known(tmp_path, unknown, known):
+    """With a split of one's own training needs none; one test image without leaves all without."""
+    write(tmp_path, *(f"{i}.jpg" for i in range(4)))
+    rows = "path,pid,camid,split\n0.jpg,a,0,train\n1.jpg,b,1,train\n2.jpg,c,2,query\n3.jpg,c,3,gallery\n"
+    split = folder(write_csv(tmp_path / "list.csv", rows.replace(f",{unknown},", ",,")))
+    assert [r.camid for part in (split.query, split.gallery) for r in part] == ([2, 3] if known else [-1, -1])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -339,6 +339,19 @@ def test_options_come_from_the_signatures(monkeypatch, capsys):
     assert "(default: 150)" in parser.format_help()
 
 
+@pytest.mark.parametrize("reader", [
+    lambda root, *, flip=True: None,
+    lambda root, *, part=None: None,
+    lambda root, *, part: None,
+    lambda root, *, split_seed=1: None,
+], ids=["switch", "None", "no default", "another default"])  # fmt: skip
+def test_an_option_that_makes_no_flag_is_refused(monkeypatch, reader):
+    """Nor two readers with one name and other defaults: a flag has one."""
+    monkeypatch.setitem(data.DATASETS, "mine", reader)
+    with pytest.raises(TypeError, match="mine: .* needs a number or a text as default, the same in every reader"):
+        reader_options()
+
+
 def test_an_option_of_another_data_set_is_refused(tmp_path):
     check_options("market+cuhk03", ["cuhk03_boxes", "loss", "epochs"])
     with pytest.raises(ValueError, match="--cuhk03-boxes belongs to --dataset cuhk03, not to market"):

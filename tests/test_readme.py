@@ -17,6 +17,7 @@ from PIL import Image
 
 import evaluate
 import train
+from losses import ROWS
 from utils import plan, results
 from utils.flags import build_parser, least_scale, new_run
 from utils.orders import changes_from, one_trick_more, signed
@@ -165,6 +166,12 @@ def groups_by_recipe():
     return groups, found
 
 
+def test_the_trials_behind_each_losss_own_numbers():
+    trials = [json.loads(line) for line in (ROOT / "results/tuning/synthetic.jsonl").read_text().splitlines()[1:]]
+    counts = sorted(sum(trial["row"] == row for trial in trials) for row in ROWS)
+    assert counts == [1, *[3] * 18, 4] and "about three trials each, one seed (`tuning/`)" in findings()
+
+
 def by_map(rows, seed=0):
     """The losses by mAP with this seed, the highest first."""
     return sorted((loss for loss in rows if seed in rows[loss]), key=lambda loss: -rows[loss][seed]["mAP"])
@@ -222,6 +229,12 @@ def test_findings_of_other_recipes():
     assert "(n = 1, no test; batch normalisation" in found
     assert by_map(rows["published"])[:3] == ["softmax+center", "softmax", "focal"]
 
+    first = [by_map(rows[name]) for name in ("published", "tricks")]
+    shown = "{}, {} and {} come first instead, with all tricks (seed 0) {}.".format(*first[0][:3], first[1][0])
+    assert f"recipe (n = 1) {shown}" in " ".join(README.split())
+    more = sorted(loss for loss, runs in rows["tricks"].items() if set(runs) == {0, 1})
+    assert more == ["multi_similarity", "softmax"] and {len(runs) for runs in rows["tricks"].values()} == {1, 2}
+    assert "(`--recipe tricks`, n = 1, multi-similarity and softmax 2; no test)" in found
     assert min(change["tricks"], key=change["tricks"].get) == "multi_similarity"
     assert f"to {-change['tricks']['multi_similarity']:.0f} points of mAP (multi-similarity)" in found
     assert sorted(change["tricks"], key=change["tricks"].get)[-2:] == ["histogram", "npair"]

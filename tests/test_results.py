@@ -284,6 +284,8 @@ def test_an_incomplete_copy_is_named_and_stands_beside_no_published_number(tmp_p
     save(tmp_path / "other", result(dataset="market", titles=titles))
     text = results.markdown(load_groups(tmp_path / "other"))
     assert "**Market-1501 and DukeMTMC-reID**" in text  # the complete ones were not run
+    text = results.markdown(groups_of(tmp_path / "val", result(dataset="market", eval_on="val")))
+    assert "**Market-1501 and DukeMTMC-reID**" in text  # nor were their test people scored
 
 
 def test_several_data_sets_are_a_group_of_their_own(tmp_path):

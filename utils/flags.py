@@ -99,7 +99,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     # loss
     add("--loss", help=f"a loss or a sum of losses such as softmax+0.5*triplet; losses: {', '.join(LOSSES)}")
     add("--loss-args", nargs="+", metavar="[LOSS.]KEY=VALUE", help="arguments of the loss, e.g. scale=30 margin=0.35")
-    add("--loss-lr", type=number(float), help="of the loss's own parameters (default: the recipe's, or --lr)")
+    add("--loss-lr", type=number(float), help="learning rate of the loss's parameters (default: the recipe's, or --lr)")
     # data
     add("--dataset", help=f"what to train and test on, or a+b for several: {', '.join(DATASETS)} (synthetic: generated "
         "on first use; folder: your own pictures)")
@@ -148,7 +148,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--workers", type=number(int, zero=True), help="threads that decode images (default: the cores, at most 4)")
     add("--cache", choices=("auto", "off"), help="auto: keep decoded images if they take at most half of the memory")
     # run
-    add("--seed", type=number(int, zero=True), help="of weights, batches and augmentation (default: the recipe's, 0)")
+    add("--seed", type=number(int, zero=True), help="seed of weights, batches, augmentation (default: the recipe's, 0)")
     add("--eval-on", choices=("test", "val"),
         help="val: a third of the training identities, which ones --seed says, is held out and scored")
     add("--eval-every", type=number(int, zero=True), help="score every N epochs, too (default: 0, only at the end)")

@@ -62,7 +62,7 @@ def one_trick_more(groups: Groups, base: Setting) -> dict[str, Rows]:
         more = further_flags(setting, base)
         args = next(iter(next(iter(rows.values())).values()))["args"]
         if setting.recipe == BASE and more and len(more) == 1 and more.keys() <= tricks_for(args):
-            found.update(dict.fromkeys(more.values(), rows))
+            found[", ".join(more.values())] = rows
     return found
 
 

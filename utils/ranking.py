@@ -40,7 +40,7 @@ def metrics_from_distance(distance, query_pids, query_camids, gallery_pids, gall
 def average(results: dict[str, Tensor], ranks=(1, 5, 10, 20)) -> dict[str, float]:
     """Means over the queries with a true match, 0..1: rank1, ... (of ranks), mAP, mAP_trapezoid, mINP; num_queries."""
     if not (valid := results["num_matches"] > 0).any():
-        raise ValueError("No query has a true match by another camera: if there is one camera only: --ignore-cameras.")
+        raise ValueError("No query has a true match by another camera; with one camera only, use --ignore-cameras.")
     num_matches, first, last, ap, ap_trapezoid = (column[valid].double() for column in results.values())
     means = {f"rank{k}": (first <= k).double() for k in ranks}
     means |= {"mAP": ap, "mAP_trapezoid": ap_trapezoid, "mINP": num_matches / last}
