@@ -1,6 +1,7 @@
 """A tiny data set in Market's layout for the tests that train: PNG files, so that no JPEG library changes a pixel."""
 
 import contextlib
+import os
 import signal
 from collections import OrderedDict
 
@@ -16,6 +17,7 @@ import train
 from models.backbone import GlobalAveragePool, build_model
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # so, too, in the processes that tests begin
 
 QUICK = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--workers", "1",
          "--save-every", "0", "--device", "cpu"]  # fmt: skip
@@ -43,11 +45,15 @@ def tiny_market(tmp_path_factory):
     return write_tiny_market(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def flags(tiny_market, tmp_path):
+def short_run(tiny_market, folder):
     """train.py's flags for a run of seconds: 6 people, 54 images, 3 steps an epoch."""
     return ["--dataset", "market", "--data-dir", str(tiny_market), *QUICK, "--p", "4", "--k", "4",
-            "--run-dir", str(tmp_path / "run")]  # fmt: skip
+            "--run-dir", str(folder / "run")]  # fmt: skip
+
+
+@pytest.fixture
+def flags(tiny_market, tmp_path):
+    return short_run(tiny_market, tmp_path)
 
 
 def small_model(arch, weights="none", **options):

@@ -444,10 +444,9 @@ def test_misunderstandings_are_one_sentence(several, folder):
 
 def torchrun(script, *flags, **options):
     """The script in two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     return subprocess.Popen([*command, ROOT / script, *map(str, flags)], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, env=environment, **options)  # fmt: skip
+                            stderr=subprocess.PIPE, **options)  # fmt: skip
 
 
 def children(process):

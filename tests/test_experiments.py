@@ -477,7 +477,8 @@ def test_with_train_py_itself(checkout, tmp_path):
     (checkout / "runs").mkdir()
     (checkout / "runs" / planned(*flags.split(), DATASETS="market", LOSSES="npair", SEEDS="0")[0]).write_text("a file")
     before = everything(checkout)
-    environment = {"DATA_DIR": str(data), "LOSSES": "npair arcface", "SEEDS": "0", "PYTHON": sys.executable}
+    environment = {"DATA_DIR": str(data), "LOSSES": "npair arcface", "SEEDS": "0", "JOBS": "2",
+                   "PYTHON": sys.executable}
     code, out, err = run(checkout, *flags.split(), **environment)
     assert code == 1 and "train.py: " in err and "is a file" in err and "Traceback" not in err
     name = "market_arcface_s0_arch-resnet18_weights-none_height-32_width-16_epochs-1_p-4_k-2"

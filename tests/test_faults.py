@@ -136,7 +136,7 @@ def test_killed_three_times_and_resumed(whole, tmp_path, monkeypatch):
     last scoring; other threads and cache each time. The network is the real one."""
     folder, run_dir = tmp_path / "whole", tmp_path / "run"
     monkeypatch.setattr(train, "build_model", build_model)
-    flags = [*whole[1], "--epochs", 8]
+    flags = [*whole[1], "--epochs", 6]
     run(*flags, "--run-dir", folder)
     flags = [*flags, "--run-dir", run_dir]
     first = kill_at([*flags, "--cache", "off"], run_dir, 2, saved=False, delay=0)
@@ -144,8 +144,8 @@ def test_killed_three_times_and_resumed(whole, tmp_path, monkeypatch):
     kept = first["epochs_kept"]
     second = kill_at([*flags, "--resume", "--workers", 3], run_dir, kept + 1, saved=True, delay=0.005)
     assert second["epochs_kept"] >= kept + 1
-    third = kill_at([*flags, "--resume", "--workers", 0], run_dir, 8, saved=True, delay=0)
-    assert third["epochs_kept"] == 8
+    third = kill_at([*flags, "--resume", "--workers", 0], run_dir, 6, saved=True, delay=0)
+    assert third["epochs_kept"] == 6
     run(*flags, "--resume")
     assert differences(folder, run_dir) == []
 

@@ -79,7 +79,7 @@ def run_tests(folder, *arguments):
     """pytest's exit code, the number of tests that passed, and (test, message) of each that failed."""
     options = ["-rf", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
-    environment = {**os.environ, "COLUMNS": "600", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "COLUMNS": "600"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode in (0, 1) and passed, done.stdout + done.stderr

@@ -76,7 +76,7 @@ def test_features_saved_and_scored_without_the_network(small_network, flags, tmp
 
 
 def test_training_learns(flags, tmp_path):
-    run("--loss", "softmax", "--epochs", 10, *flags)
+    run("--loss", "softmax", "--epochs", 10, *flags, "--save-every", 60)
     log = read_log(tmp_path / "run")
     assert len(log) == 10 and log[-1]["loss"] < log[0]["loss"] / 4
 
@@ -297,7 +297,7 @@ def test_wrong_flags_are_answered_with_one_sentence(flags, tmp_path, capsys, bad
 
 
 def script(*flags, variables=(), **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(variables)}
+    environment = {**os.environ, **dict(variables)}
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=environment, **options)  # fmt: skip
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import short_run
 
 import evaluate
 import train
@@ -270,13 +271,23 @@ def test_tricks_are_controlled_plus_the_tricks(dataset):
 ALONE = ["--warmup 1", "--random-erasing 0.5", "--pad-crop 40", "--last-stride 1", "--neck bn", "--pool gem"]
 
 
-@pytest.mark.parametrize("switch", [*ALONE, "--flip-test", "--loss-args label_smoothing=0.1", "--recipe tricks"])
-def test_each_switch_trains_and_is_scored_the_same_later(flags, tmp_path, switch):
-    """A real ResNet-18: the run's numbers differ from the plain one's, and evaluate.py finds them again."""
+def trained(flags, folder, *words):
+    """The result of one epoch of a real ResNet-18."""
     size = ["--height", "64", "--width", "32"]
-    for name, words in (("plain", []), ("run", switch.split())):
-        train.main(["--loss", "softmax", *flags[:-1], str(tmp_path / name), *size, "--epochs", "1", *words])
-    plain, run = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("plain", "run"))
+    train.main(["--loss", "softmax", *flags[:-1], str(folder), *size, "--epochs", "1", "--save-every", "60", *words])
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_market, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return trained(short_run(tiny_market, folder), folder / "run")
+
+
+@pytest.mark.parametrize("switch", [*ALONE, "--flip-test", "--loss-args label_smoothing=0.1", "--recipe tricks"])
+def test_each_switch_trains_and_is_scored_the_same_later(plain, flags, tmp_path, switch):
+    """The run's numbers differ from the plain one's, and evaluate.py finds them again."""
+    run = trained(flags, tmp_path / "run", *switch.split())
     assert (plain["log"][0]["loss"] == run["log"][0]["loss"]) == (switch == "--flip-test")
     assert plain["mAP"] != run["mAP"]
     evaluate.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"])

@@ -19,7 +19,6 @@ from data.folder import title_of
 from data.images import default_workers
 from losses import LOSSES, all_arguments, build_loss, describe_arguments, row_name
 from losses import with_default_weights as with_weights
-from models import ARCHS
 from utils.errors import UserError
 from utils.files import load_json
 from utils.recipes import RECIPES, recipe_values
@@ -89,6 +88,15 @@ def number(kind: type, zero: bool = False, most: float = math.inf):
     return convert
 
 
+def known_arch(name: str) -> str:
+    """--arch's argparse type. Only here, since importing torchvision takes as long as all else that a table needs."""
+    from models import ARCHS
+
+    if name not in ARCHS:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(ARCHS)})")
+    return name
+
+
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser of the explicit flags only: a flag that is not given is absent from the result."""
     epilog = "arguments of the losses and their defaults (a recipe may set others: --show-recipe):\n  "
@@ -107,7 +115,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add_reader_flags(parser)
     add("--skip-bad-images", action="store_true", help="go on without training images that can't be decoded")
     # model
-    add("--arch", choices=ARCHS, metavar="ARCH", help="backbone, a classifier of torchvision: resnet50, convnext_tiny, "
+    add("--arch", type=known_arch, help="backbone, a classifier of torchvision: resnet50, convnext_tiny, "
         "swin_t, vit_b_16, efficientnet_b0, mobilenet_v3_large, ... (default: resnet50; on synthetic: resnet18)")
     add("--weights", help="imagenet, none, or a file: torchvision's, torchreid's, fast-reid's, reid-strong-baseline's, "
         "or the last.pt of a run (default: imagenet; on synthetic: none)")

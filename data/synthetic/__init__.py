@@ -27,6 +27,7 @@ from data.synthetic.people import people
 from data.synthetic.render import DISTRACTOR, JUNK, TEST, TRAIN, Task, render
 
 VERSION = 2  # raised whenever a pixel changes, so that an older folder is never taken for the new one
+FEW = 1000  # images, which one process draws sooner than several
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 RECORDED = "Pillow 13.0.0, numpy 2.4.6, x86_64"  # what drew the images of the recorded results
 DIGESTS = ("80df411bdd8a2f19", "4291bcccef9965b8")  # with AVX-512, and without: numpy's powers differ a little
@@ -119,7 +120,7 @@ def draw_all(folder: Path, num_ids: int, seed: int, workers: int | None):
     """
     todo = tasks(num_ids, seed)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or (1 if len(todo) < 1000 else cores)
+    workers = workers or (1 if len(todo) < FEW else cores)
     with tqdm(total=len(todo), desc=f"drawing {num_ids} + {num_ids} people", unit="image", disable=None) as bar:
         if workers == 1:
             for _ in draw_tasks(todo, folder, seed):
