@@ -1,4 +1,7 @@
-"""benchmarks/training.py, steps.py: what is compared is alike, and the rows say what was timed. kill.py: one kill."""
+"""benchmarks/training.py, steps.py: what is compared is alike, and the rows say what was timed. kill.py: one kill.
+
+gpu.py: one turn on the CPU, its files, its table, and what it says of a part that fails.
+"""
 
 import json
 from collections import Counter
@@ -7,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kill, steps, training, tricks
+from benchmarks import gpu, kill, steps, training, tricks
 from data.images import stream_images
 from data.market1501 import market1501
 from tests.conftest import QUICK
@@ -116,3 +119,29 @@ def test_the_tricks_benchmark_knows_every_trick_of_the_recipe():
     """Each alone, but for the schedule and the flip at test time, which are no part of a step."""
     alone = {key for own in tricks.SETTINGS.values() for key in own} - {"recipe", "loss_args"}
     assert alone == RECIPES["tricks"]["*"].keys() - {"warmup", "milestones", "flip_test"}
+
+
+def test_a_turn_of_two_parts(tmp_path, capfd):
+    flags = ["--small", "--device", "cpu", "--minutes", "3", "--machine", "box", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--parts", "evaluator", "losses", *flags])
+    out = capfd.readouterr().out
+    assert stopped.value.code == 0, out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu-evaluator-small_box.json", "gpu-losses-small_box.json"]  # fmt: skip
+    rows = json.loads((tmp_path / "gpu-evaluator-small_box.json").read_text())["rows"]
+    assert {row["size"] for row in rows} == {"market", "msmt17"}
+    assert all(row["n"] > 0 and row["largest_difference"] < 1e-5 for row in rows)
+    scored = [row["metrics"]["mAP"] for row in rows if row["size"] == "market" and row["metrics"]]
+    assert len(scored) == 3 and 0 < scored[0] < 1
+    losses = json.loads((tmp_path / "gpu-losses-small_box.json").read_text())["rows"]
+    assert {row["loss"] for row in losses} == set(gpu.LOSSES)
+    assert "torchreid's way" in out and "arcface" in out
+
+
+def test_a_part_that_fails_or_takes_too_long_is_said(tmp_path, capfd):
+    flags = ["--small", "--device", "no-device", "--out", str(tmp_path)]
+    fine, text = gpu.run_part("evaluator", flags, 60, tmp_path)
+    assert not fine and "no-device" in text + capfd.readouterr().err
+    fine, text = gpu.run_part("evaluator", flags, 0.1, tmp_path)
+    assert not fine and "STOPPED after its 0 s" in text
