@@ -228,18 +228,24 @@ def test_findings_of_other_recipes():
     assert "(n = 1, no test; batch normalisation" in found
     assert by_map(rows["published"])[:3] == ["softmax+center", "softmax", "focal"]
 
-    first = [by_map(rows[name]) for name in ("published", "tricks")]
-    shown = "{}, {} and {} come first instead, with all tricks (seed 0) {}.".format(*first[0][:3], first[1][0])
+    tricks = {entry["row"]: entry for entry in results.summarise(rows["tricks"])}
+    assert {tuple(entry["seeds"]) for entry in tricks.values()} == {(0, 1, 2)} and len(tricks) == 12
+    means = sorted(tricks, key=lambda loss: -tricks[loss]["mAP"][0])
+    assert means[:3] == ["histogram", "focal", "softmax+center"]
+    first = [*by_map(rows["published"])[:3], means[0]]
+    shown = "{}, {} and {} come first instead, with all tricks (n = 3) {}.".format(*first)
     assert f"recipe (n = 1) {shown}" in " ".join(README.split())
-    more = sorted(loss for loss, runs in rows["tricks"].items() if set(runs) == {0, 1})
-    assert more == ["multi_similarity", "softmax"] and {len(runs) for runs in rows["tricks"].values()} == {1, 2}
-    assert "(`--recipe tricks`, n = 1, multi-similarity and softmax 2; no test)" in found
-    assert min(change["tricks"], key=change["tricks"].get) == "multi_similarity"
-    assert f"to {-change['tricks']['multi_similarity']:.0f} points of mAP (multi-similarity)" in found
-    assert sorted(change["tricks"], key=change["tricks"].get)[-2:] == ["histogram", "npair"]
-    assert f"lose {-change['tricks']['histogram']:.0f} (histogram)" in found
-    assert f"N-pair gains {change['tricks']['npair']:.0f}," in found
-    assert by_map(rows["tricks"])[:3] == ["histogram", "focal", "softmax+center"]
+    p_values = {loss: p for loss, (*_, p) in changes_from(controlled, rows["tricks"]).items()}
+    assert f"N-pair is not shown to differ (p = {p_values.pop('npair'):.2f})" in found
+    lost = sorted((-change["tricks"][loss], loss) for loss in p_values)
+    assert max(p_values.values()) < 0.05 and len(lost) == 11 and lost[0][0] > 0
+    (least, first), *_, (most, last) = lost
+    assert (first, last) == ("histogram", "multi_similarity")
+    assert f"by {least:.0f} (histogram) to {most:.0f} points of mAP (multi-similarity)" in found
+    p_values = {loss: entry["p"] for loss, entry in tricks.items() if loss != "histogram"}
+    assert p_values.pop("npair") < 0.05 and min(p_values.values()) > 0.05
+    assert f"(11 comparisons; the others' p is {min(p_values.values()):.2f} or more)" in found
+    assert "(`--recipe tricks`, n = 3, 12 comparisons with the controlled recipe): eleven losses are lower" in found
     alone = one_trick_more(groups, describe(new_run({"loss": "softmax", "dataset": "synthetic"})))
     changes = {flag: [each[0] for _, each in sorted(changes_from(controlled, runs).items(), reverse=True)]
                for flag, runs in alone.items()}  # fmt: skip
@@ -248,11 +254,12 @@ def test_findings_of_other_recipes():
         assert f"({softmax} and {multi_similarity})" in found, flag
     low, high = (signed(find(each for pair in changes.values() for each in pair), None) for find in (min, max))
     assert f"the others between {low} and {high};" in found
-    counts = sorted({len(runs) for rows in alone.values() for runs in rows.values()})
-    assert f"multi-similarity, n = {' or '.join(map(str, counts))}, no test)" in found
+    assert {len(runs) for rows in alone.values() for runs in rows.values()} == {2}
+    assert "(softmax and multi-similarity, n = 2, no test)" in found
 
     medians = {
-        "two seeds of controlled": "two seeds of the controlled recipe {}.",
+        "two seeds of controlled": "two seeds of the controlled recipe {},",
+        "two seeds of tricks": "of tricks {}, so",
         "controlled and published (--micro-batches 1)": "controlled and published {},",
         "controlled and tricks": "controlled and tricks {},",
         "published (--micro-batches 1) and tricks": "published and tricks {};",
