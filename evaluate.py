@@ -210,7 +210,10 @@ def load_tests(
     run: the run's flags; options: those of the readers (reader_options). Prints what the readers have to say.
     """
     options = options or {}
-    own = not options and (dataset is None or data_dir in (None, run["data_dir"]))  # pictures that may have moved
+    homes = [Path(run["data_dir"]), *([Path(run["data_dir"], "folder")] if dataset == "folder" else [])]
+    if data_dir and Path(data_dir).resolve() in [home.resolve() for home in homes]:
+        data_dir = None  # the run's own, spelled otherwise
+    own = not options and (dataset is None or data_dir is None)  # pictures that may have moved
     dataset = dataset or run["dataset"]
     with user_input():
         check_options(dataset, options)
@@ -241,7 +244,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     # how
     parser.add_argument("--metric", choices=("cosine", "euclidean"), help="distance (default: the run's, or cosine)")
     parser.add_argument(
-        "--ignore-cameras", action="store_true", help="drop only the query image itself, not its whole camera"
+        "--ignore-cameras", action=argparse.BooleanOptionalAction, default=None,
+        help="drop only the query image itself, not its whole camera (default: as the run was scored)",
     )
     parser.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=None,
                         help="mean of an image's and its mirror image's embedding (default: the run's)")  # fmt: skip
@@ -283,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             if unknown_cameras(features):
                 print("a camera is unknown (-1): only the query image itself is dropped (as with --ignore-cameras)")
         with user_input():
-            metrics = score(features, args.metric or "cosine", args.ignore_cameras, **further)
+            metrics = score(features, args.metric or "cosine", bool(args.ignore_cameras), **further)
         how = f"{args.metric or 'cosine'}{', re-ranked' if args.rerank else ''}"
         print(metrics_table(metrics, f"{args.features}, {how}"))
         if args.verification:
@@ -293,7 +297,8 @@ def main(argv: list[str] | None = None) -> None:
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
     options = {key: value for key, value in vars(args).items() if key in reader_options()}
     tests, title, about = load_tests(args.run, run, args.dataset, args.data_dir, options)
-    how = {"metric": args.metric or run["metric"], "ignore_cameras": args.ignore_cameras or run["ignore_cameras"]}
+    how = {"metric": args.metric or run["metric"], "ignore_cameras": run["ignore_cameras"]}
+    how["ignore_cameras"] = how["ignore_cameras"] if args.ignore_cameras is None else args.ignore_cameras
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
     settings["flip_test"] = run["flip_test"] if args.flip_test is None else args.flip_test
     if args.save_features:

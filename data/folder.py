@@ -186,6 +186,7 @@ def read_csv(file: Path, base: Path, report: Report = stop) -> list[Found]:
         for row in rows:
             where = f"{file}, line {rows.line_num + 1}:"
             path, pid, camid, part = (row.get(name) or "" for name in ("path", "pid", "camid", "split"))
+            pid = pid.strip()
             if not path or not pid or None in row:
                 report("table", f"{where} as many values as in the first line are needed, path and pid among them.")
                 continue

@@ -203,18 +203,16 @@ class TrainingImages:
         if random_crop:
             self.sizes.append((round(height * ENLARGE), round(width * ENLARGE)))
         self.num_bytes = len(paths) * sum(3 * h * w for h, w in self.sizes)
-        self.stores = None
-        self.where = "files, decoded every epoch"
+        self.stores, self.where = None, "files, decoded every epoch"
+        cpu = torch.device("cpu")
         if cache == "auto":
-            room = available_memory(torch.device("cpu")) // 2 // local_world_size()  # main memory is for all processes
-            if self.num_bytes <= (available_memory(device) // 2 if device.type != "cpu" else room):
-                self.where = str(device) if device.type != "cpu" else "main memory"
+            if device.type != "cpu" and self.num_bytes <= available_memory(device) // 2:
                 self._fill(device)
-            elif device.type != "cpu" and self.num_bytes <= room:
-                self.where = "main memory"
-                self._fill(torch.device("cpu"))
+            elif self.num_bytes <= available_memory(cpu) // 2 // local_world_size():  # main memory is for all processes
+                self._fill(cpu)
 
     def _fill(self, place: torch.device) -> None:
+        self.where = "main memory" if place.type == "cpu" else str(place)
         self.stores = [torch.empty(len(self.paths), h, w, 3, dtype=torch.uint8, device=place) for h, w in self.sizes]
         chunks = [self.paths[start : start + 256] for start in range(0, len(self.paths), 256)]
         with tqdm(total=len(self.paths), desc="decoding", unit="image", leave=False, disable=None) as bar:

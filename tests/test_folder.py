@@ -310,7 +310,7 @@ def test_a_csv_file(tmp_path):
     write(tmp_path, "x/1.jpg", "x/2.jpg", "x/3_c9.jpg", "y/4.jpg", "y/5.jpg")
     file = write_csv(
         tmp_path / "list.csv",
-        "path,pid,camid,split,remark\nx/2.jpg,anna,1,train,a\nx/1.jpg,007,2,train,\n\ny/4.jpg,ben,1,query,\n"
+        "path,pid,camid,split,remark\nx/2.jpg,anna,1,train,a\nx/1.jpg,007 ,2 , train ,\n\ny/4.jpg,ben ,1,query,\n"
         '"y/5.jpg","ben",3,gallery,\nx/3_c9.jpg,"-1",1,gallery,junk\n',
     )
     split, told = read(file)

@@ -133,6 +133,16 @@ def test_too_little_memory_falls_back_to_the_files(paths, monkeypatch):
     assert TrainingImages(paths, 64, 32, CPU).where == "files, decoded every epoch"
 
 
+@pytest.mark.parametrize(
+    "room, place", [({"meta": 2}, "meta"), ({"meta": 1, "cpu": 2}, "main memory"), ({"meta": 1, "cpu": 1}, "files")]
+)
+def test_the_device_comes_before_main_memory(monkeypatch, room, place):
+    """Main memory is asked only where the device has no room; no image here, so that a device without memory does."""
+    monkeypatch.setattr(TrainingImages, "num_bytes", property(lambda _: 1, lambda *_: None), raising=False)
+    monkeypatch.setattr("data.images.available_memory", lambda device: room[device.type])
+    assert TrainingImages([], 8, 4, torch.device("meta")).where.startswith(place)
+
+
 def save(tmp_path, name, image, **options):
     image.save(tmp_path / name, **options)
     return tmp_path / name

@@ -87,11 +87,11 @@ def histogram_by_loop(x, y, loss_fn):
     width = 2 / loss_fn.num_bins
     nodes = [-1 + r * width for r in range(loss_fn.num_bins + 1)]
     pairs = [(i, j) for j in range(len(x)) for i in range(j)]
-    positives = [cosine(x[i], x[j]) for i, j in pairs if y[i] == y[j]]
-    negatives = [cosine(x[i], x[j]) for i, j in pairs if y[i] != y[j]]
+    positives = torch.stack([cosine(x[i], x[j]) for i, j in pairs if y[i] == y[j]])
+    negatives = torch.stack([cosine(x[i], x[j]) for i, j in pairs if y[i] != y[j]])
 
     def histogram(similarities):
-        return [mean((1 - (s - t).abs() / width).clamp(min=0) for s in similarities) for t in nodes]
+        return [(1 - (similarities - t).abs() / width).clamp(min=0).mean() for t in nodes]
 
     h_positive, h_negative = histogram(positives), histogram(negatives)
     return sum(h_negative[r] * sum(h_positive[: r + 1]) for r in range(len(nodes)))

@@ -103,7 +103,7 @@ def test_the_folder_may_have_moved(tmp_path):
     assert found["mAP"] == before["mAP"]
 
 
-def test_the_kept_split_of_one_of_two_data_sets(tmp_path, capsys):
+def test_the_kept_split_of_one_of_two_data_sets(tmp_path, monkeypatch, capsys):
     """A run on both, scored on the folder alone, to which a person was added since: nobody whom it trained on."""
     place = write_folder(tmp_path / "data/folder")
     write_tiny_market(tmp_path / "data/market1501")
@@ -112,6 +112,10 @@ def test_the_kept_split_of_one_of_two_data_sets(tmp_path, capsys):
     capsys.readouterr()
     evaluate.main(["--run", str(tmp_path / "run"), "--dataset", "folder", "--device", "cpu"])
     assert f"the split kept in {tmp_path / 'run/split.csv'}: 5 people" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    for words in (["market+folder", "--data-dir", "data/"], ["folder", "--data-dir", "data/folder"]):  # the same
+        evaluate.main(["--run", "run", "--dataset", *words, "--device", "cpu"])
+        assert "the split kept in run/split.csv: 5 people" in capsys.readouterr().out, words
 
 
 def test_a_run_with_held_out_people_on_other_people(tmp_path):
@@ -219,6 +223,9 @@ def test_held_out_people_of_one_camera(tmp_path):
     evaluate.main(["--run", str(tmp_path / "run"), "--device", "cpu"])
     name = "evaluation_market_cosine_ignore-cameras.json"
     assert load(tmp_path / "run" / name)["mAP"] == load(tmp_path / "run/result.json")["mAP"]
+    with pytest.raises(ValueError, match="No .* true match"):  # by cameras again
+        evaluate.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--dataset", "market", "--no-ignore-cameras",
+                       "--data-dir", str(write_tiny_market(tmp_path / "other", num_cameras=1))])  # fmt: skip
 
 
 def test_no_true_match_is_said_before_the_first_epoch(tmp_path, untrained):

@@ -293,6 +293,7 @@ def test_several_data_sets_are_a_group_of_their_own(tmp_path):
     text = table_of(tmp_path, result(dataset="market+msmt17", titles=titles))
     assert text.startswith("**Market-1501 + MSMT17 V2, controlled recipe") and list(cells(text)) == ["softmax"]
     assert "published" not in text and "--dataset market+msmt17" in text
+    assert "mean of the test sets" in text and "mean of the test sets" not in table_of(tmp_path / "one", result())
     text = table_of(tmp_path / "other", result(dataset="market+duke"))
     assert text.startswith("**Market-1501 + DukeMTMC-reID, ") and "published" not in text
 

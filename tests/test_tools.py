@@ -252,8 +252,18 @@ def test_export_gives_the_embeddings_without_this_project(run, tiny_market, tmp_
         (found,) = session.run(["embedding"], {"pictures": batch})
         np.testing.assert_allclose(found, wanted(run, paths[: len(batch)]), atol=1e-4)
     assert (says["arch"], says["loss"], says["run"], says["epoch"]) == ("resnet18", "softmax", "run", "1")
+    assert (says["metric"], says["flip_test"]) == ("cosine", "false")
     with pytest.raises(UserError, match="exists"):
         export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+
+
+def test_export_says_that_a_mirror_image_belongs_to_it(run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(args | {"flip_test": True}))
+    export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+    assert "scored with --flip-test: the mean of two embeddings" in capsys.readouterr().out
 
 
 def test_export_refuses_what_differs_from_torch(run, tmp_path, monkeypatch):

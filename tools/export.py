@@ -51,7 +51,7 @@ def to_onnx(run: Run, floats: bool):
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )  # fmt: skip
     proto = program.model_proto
-    values = {key: run.args[key] for key in ("height", "width", "arch", "loss", "dataset")}
+    values = {key: run.args[key] for key in ("height", "width", "arch", "loss", "dataset", "metric", "flip_test")}
     values |= {"mean": MEAN, "std": STD, "run": run.name, "epoch": load_checkpoint(run.folder / "last.pt")["epoch"]}
     values["commit"] = run.args["environment"].get("commit")
     values["input"] = "normalised floats (B, 3, H, W)" if floats else "uint8 (B, H, W, 3), RGB"
@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, lambda file: file.write(proto.SerializeToString()))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, within {worst:.1e} of torch's embeddings")
+    if run.args["flip_test"]:
+        print("The run was scored with --flip-test: the mean of two embeddings, a picture's and its mirror image's, of "
+              "which this file makes one.")  # fmt: skip
 
 
 if __name__ == "__main__":

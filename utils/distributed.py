@@ -97,7 +97,7 @@ def own_device(name: str) -> str:
     if not dist.is_nccl_available():
         raise UserError("this PyTorch lacks NCCL, which several processes on GPUs need: --device cpu, or one process")
     if name != "cuda":
-        raise UserError(f"--device {name} is one GPU for {world_size()} processes: leave it out, and each has its own")
+        raise UserError(f"--device {name} is one GPU for {world_size()} processes: --device cuda gives each its own")
     if local_rank() >= (count := torch.cuda.device_count()):
         raise UserError(f"there are fewer GPUs than processes: --nproc_per_node={count}, or --device cpu")
     torch.cuda.set_device(local_rank())

@@ -141,6 +141,7 @@ def markdown_group(setting: Setting, rows: dict[str, dict[int, dict]]) -> str:
     devices = dict.fromkeys(device_of(run) for entry in summary for run in entry["runs"])
     loss = {"loss": "LOSS"} if len(summary) > 1 else {}
     caption = f"A row: `{command({**args, 'seed': 0}, **loss)}`. Trained on {'; '.join(devices)}."
+    caption += " Rank-1 and mAP: mean of the test sets, each counting once." if "+" in dataset else ""
     if tested:
         best = next(entry["row"] for entry in summary if entry["best"])
         counts = {entry["part"]: entry["comparisons"] for entry in summary}
