@@ -18,6 +18,7 @@ from models.backbone import GlobalAveragePool, build_model
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # so, too, in the processes that tests begin
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # no AMX: benchmarks/README.md, last section
 
 QUICK = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--workers", "1",
          "--save-every", "0", "--device", "cpu"]  # fmt: skip
