@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             if unknown_cameras(features):
                 print("a camera is unknown (-1): only the query image itself is dropped (as with --ignore-cameras)")
         with user_input():
-            metrics = score(features, args.metric or "cosine", bool(args.ignore_cameras), **further)
+            metrics = score(features, args.metric or "cosine", args.ignore_cameras, **further)
         how = f"{args.metric or 'cosine'}{', re-ranked' if args.rerank else ''}"
         print(metrics_table(metrics, f"{args.features}, {how}"))
         if args.verification:
