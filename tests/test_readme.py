@@ -427,9 +427,10 @@ def test_add_a_loss_a_data_set_and_a_backbone_literally(tmp_path):
     assert [path.stem for path in new] == [stem for name in names for stem in (name, f"test_{name}")]
     how = {"cwd": folder, "capture_output": True, "text": True, "timeout": 600}
     others = [f"tests/test_{name}.py" for name in ("losses", "loss_files", "structure", "models")]
-    chosen = ["-k", " or ".join(names), *[f"tests/{path.name}" for path in new[1::2]], *others]
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=", *chosen]
-    done = subprocess.run(command, **how)
+    of_all = "rows or default or wrong or arguments or state or expressions"
+    chosen = ["-k", f"{' or '.join(names)} or {of_all}", *[f"tests/{path.name}" for path in new[1::2]], *others]
+    options = ["-v", "--assert=plain", "-p", "no:cacheprovider", "-o", "addopts="]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options, *chosen], **how)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in names:  # its own test, and others that find it by themselves
         passed = re.findall(rf"^tests/(\w+)\.py::.*{name}.* PASSED", done.stdout, flags=re.M)
