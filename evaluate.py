@@ -13,8 +13,6 @@ another data set `python -m utils.results` makes a table.
 """
 
 import argparse
-import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from models import build_model, model_options
 from utils import distributed
 from utils.checkpoint import check_fit, check_same_run, load_checkpoint
 from utils.environment import digest_of_names, find_device
-from utils.errors import UserError, user_input
+from utils.errors import UserError, script, user_input
 from utils.features import Features, load_features, path_cameras, save_features
 from utils.files import save_json
 from utils.flags import DEFAULTS, SCORING, data_name, load_args, number
@@ -329,14 +327,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
-    try:
-        with distributed.processes():
-            main()
-    except (UserError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("evaluate.py: out of memory on the device: try --device cpu")
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: stopped")
+    script("evaluate.py", distributed.processes()(main))

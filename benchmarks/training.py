@@ -59,7 +59,7 @@ from data.records import Record  # noqa: E402
 from data.synthetic import generate  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.environment import find_device  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.errors import script  # noqa: E402
 from utils.seed import set_backends  # noqa: E402
 
 TRAIN, BARE, NCHW, PEER = "train.py", "bare loop", "bare loop, NCHW", "the way torchreid does it"
@@ -252,9 +252,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"benchmarks/training.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("benchmarks/training.py: stopped")
+    script("benchmarks/training.py", main)

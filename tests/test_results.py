@@ -597,20 +597,16 @@ def test_collecting_runs_by_the_command_line(tmp_path, capsys, monkeypatch):
 def drawn(tmp_path, monkeypatch):
     """Draws runs with some flags; the panels."""
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    made, new = [], figure.new_figure
+    monkeypatch.setattr(figure, "new_figure", lambda *size: made.append(new(*size)) or made[-1])
 
     def draw(runs, *flags):
         path = tmp_path / "figure.png"
         figure.main([str(save(tmp_path, *runs)), "--out", str(path), *flags])
         assert path.read_bytes().startswith(b"\x89PNG")
-        return pyplot.gcf().axes
+        return made[-1].axes
 
-    monkeypatch.setattr(pyplot, "close", lambda _: None)
-    yield draw
-    pyplot.switch_backend("agg")  # closes the figures
+    return draw
 
 
 def test_figure_shows_means_by_kind_of_loss(drawn):
@@ -656,7 +652,7 @@ def test_curves_are_the_training_losses_of_the_seeds(drawn):
 
 
 def test_figure_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         figure.main([str(save(tmp_path, result())), "--out", str(tmp_path / "figure.png")])
 

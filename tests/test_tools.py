@@ -441,7 +441,7 @@ def test_the_png_has_frames_of_both_kinds(pages, name):
 
 
 def test_png_without_matplotlib(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     show.main(["--run", str(runs[0]), "--out", str(tmp_path / "p.html"), "--png", "--queries", "3", *CPU])
     assert "pip install matplotlib" in capsys.readouterr().out and (tmp_path / "p.png").stat().st_size > 10_000
 

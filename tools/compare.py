@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from evaluate import load_tests
-from tools.embedding import add_flags, embed_paths, find_images, open_run, pairs_of, script, split_features, to_device
+from tools.embedding import add_flags, embed_paths, find_images, open_run, pairs_of, split_features, to_device
+from utils.errors import script
 from utils.flags import number
 from utils.verification import Pairs, at_rate, rates, similarities
 
@@ -63,4 +64,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script("compare", main)
+    script("tools.compare", main)

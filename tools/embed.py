@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.embedding import add_flags, embed_kept, find_images, open_run, script
-from utils.errors import UserError
+from tools.embedding import add_flags, embed_kept, find_images, open_run
+from utils.errors import UserError, script
 from utils.files import write_atomically
 
 
@@ -38,4 +38,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script("embed", main)
+    script("tools.embed", main)

@@ -1,4 +1,4 @@
-"""What the tools share: images found, embedded by a run's network, and kept beside the run; flags and error sentences.
+"""What the tools share: images found, embedded by a run's network, and kept beside the run; flags.
 
 Kept are the embeddings of every image that a tool has seen, in RUN/embeddings: CHECKPOINT.f32, a row of D float32 for
 each line of CHECKPOINT.jsonl, which says for which file (path, size, time of change). CHECKPOINT: a digest of last.pt.
@@ -10,10 +10,8 @@ import csv
 import hashlib
 import json
 import os
-import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,17 +191,3 @@ def pairs_of(run: Run, features: Features) -> Pairs:
     query = features.query, features.query_pids, query_camids
     with user_input():
         return count_pairs(*query, features.gallery, features.gallery_pids, gallery_camids, run.args["metric"])
-
-
-def script(name: str, main: Callable[[], None]) -> None:
-    """Runs main() as a command: a user's mistake and what the system refuses end with one sentence."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"tools.{name}: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit(f"tools.{name}: out of memory on the device: try --device cpu")
-    except KeyboardInterrupt:
-        sys.exit(f"tools.{name}: stopped")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from data.images import MEAN, STD
-from tools.embedding import Run, add_flags, open_run, script
+from tools.embedding import Run, add_flags, open_run
 from utils.checkpoint import load_checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, script
 from utils.files import write_atomically
 
 TOLERANCE = 1e-4  # largest difference from torch, in parts of the longest embedding
@@ -103,4 +103,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script("export", main)
+    script("tools.export", main)

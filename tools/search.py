@@ -15,7 +15,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from tools.drawing import draw_rows
-from tools.embedding import Kept, Run, add_flags, embed_kept, embed_paths, find_images, open_run, script, to_device
+from tools.embedding import Kept, Run, add_flags, embed_kept, embed_paths, find_images, open_run, to_device
+from utils.errors import script
 from utils.files import write_atomically
 from utils.flags import number
 from utils.verification import similarities
@@ -66,4 +67,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script("search", main)
+    script("tools.search", main)

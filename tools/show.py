@@ -29,8 +29,8 @@ from data.images import decode, stream_images
 from evaluate import METRICS, cameras, load_tests
 from tools.charts import cmc_chart, histogram_bars, similarity_chart
 from tools.drawing import draw_rows
-from tools.embedding import Run, add_flags, open_run, pairs_of, script, split_features
-from utils.errors import UserError, user_input
+from tools.embedding import Run, add_flags, open_run, pairs_of, split_features
+from utils.errors import UserError, script, user_input
 from utils.features import Features
 from utils.files import write_atomically, write_text
 from utils.flags import FREE, command_line, number
@@ -246,14 +246,12 @@ def draw_png(runs: list[Shown], title: str, data: dict, files: list[str], rows: 
                 lines[-1].append((Path(files[image]), caption, right, activation))
     sheet = draw_rows(lines, runs[0].run.args["height"], runs[0].run.args["width"])
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("the PNG has no charts: pip install matplotlib for these")
         return sheet
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 1 + len(runs), figsize=(12, 4), dpi=sheet.width / 12, layout="constrained")
+    figure = Figure((12, 4), dpi=sheet.width / 12, layout="constrained")
+    axes = figure.subplots(1, 1 + len(runs))
     words = [f"{s.name}: rank-1 {s.metrics['rank1']:.1%}, mAP {s.metrics['mAP']:.1%}, mINP {s.metrics['mINP']:.1%} "
              f"({command(s)})"[:170] for s in runs]  # fmt: skip
     figure.suptitle("\n".join([title, *words]), fontsize=9)
@@ -271,7 +269,6 @@ def draw_png(runs: list[Shown], title: str, data: dict, files: list[str], rows: 
         axis.legend(fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    pyplot.close(figure)
     with Image.open(file) as top:
         picture = Image.new("RGB", (sheet.width, top.height + sheet.height), "white")
         picture.paste(top.convert("RGB").resize((sheet.width, top.height)), (0, 0))
@@ -318,4 +315,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script("show", main)
+    script("tools.show", main)

@@ -1,6 +1,11 @@
 """Mistakes that a user can make, told apart from faults of the program: the scripts show the former as one sentence."""
 
+import sys
+import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
+
+import torch
 
 
 class UserError(ValueError):
@@ -14,3 +19,17 @@ def user_input():
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def script(name: str, main: Callable[[], object]) -> None:
+    """Runs main() as a command: a user's mistake and what the system refuses end with one sentence, `name: ...`."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"{name}: out of memory on the device: try --device cpu")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped")

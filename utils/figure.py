@@ -10,12 +10,11 @@ Needs matplotlib.
 import argparse
 import itertools
 import math
-import sys
 import textwrap
 from pathlib import Path
 
 from losses import ROWS
-from utils.errors import UserError
+from utils.errors import UserError, script
 from utils.files import write_atomically
 from utils.results import summarise, verdict
 from utils.runs import Groups, load_groups
@@ -41,14 +40,22 @@ def several_seeds(groups: Groups) -> Groups:
     return found or groups
 
 
-def draw_scores(groups: Groups, path: Path) -> None:
+def new_figure(width: float, height: float):
+    """An empty one, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the figure needs matplotlib, which nothing else does: pip install matplotlib") from None
+    return Figure((width, height), layout="constrained")
+
+
+def draw_scores(groups: Groups):
     """A panel for each setting: losses by kind, the highest mean of a kind first."""
-    pyplot = load_pyplot()
     summaries = [summarise(rows) for rows in groups.values()]
     places = [len(summary) + len({kind_of(entry["row"]) for entry in summary}) for summary in summaries]
     heights = [0.24 * count + 1.1 for count in places]
-    figure, axes = pyplot.subplots(len(groups), figsize=(8, sum(heights)), squeeze=False, layout="constrained",
-                                   height_ratios=heights)  # fmt: skip
+    figure = new_figure(8, sum(heights))
+    axes = figure.subplots(len(groups), squeeze=False, height_ratios=heights)
     for setting, summary, axis in zip(groups, summaries, axes[:, 0], strict=True):
         labels = []  # (text, colour, weight) of each place from the top
         for kind, (title, colour) in KINDS.items():
@@ -76,14 +83,13 @@ def draw_scores(groups: Groups, path: Path) -> None:
             best = next(entry["row"] for entry in summary if entry["best"])
             note += f"\nhollow: lower than {best} by the paired test; filled: not shown to be lower"
         axis.set_xlabel(note)
-    save(figure, path)
+    return figure
 
 
-def draw_curves(groups: Groups, path: Path) -> None:
+def draw_curves(groups: Groups):
     """A small panel for each setting and loss: the mean training loss of each epoch, a line for each seed."""
-    pyplot = load_pyplot()
     heights = [math.ceil(len(rows) / COLUMNS) for rows in groups.values()]
-    figure = pyplot.figure(figsize=(2.2 * COLUMNS, 1.8 * sum(heights)), layout="constrained")
+    figure = new_figure(2.2 * COLUMNS, 1.8 * sum(heights))
     parts = figure.subfigures(len(groups), squeeze=False, height_ratios=heights)[:, 0]
     for part, height, (setting, rows) in zip(parts, heights, groups.items(), strict=True):
         part.suptitle(f"Training loss over the epochs: {setting}", fontsize="medium")
@@ -99,25 +105,7 @@ def draw_curves(groups: Groups, path: Path) -> None:
             axis.tick_params(labelsize="x-small")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set_ylim(bottom=min([0, *(line["loss"] for run in entry["runs"] for line in run["log"])]))
-    save(figure, path)
-
-
-def load_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the figure needs matplotlib, which nothing else does: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:] or "png"))
-    pyplot.close(figure)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,11 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     groups = several_seeds(load_groups(args.folder))
     groups = groups if args.all else dict(list(groups.items())[:1])
-    (draw_curves if args.curves else draw_scores)(groups, args.out)
+    figure = (draw_curves if args.curves else draw_scores)(groups)
+    write_atomically(args.out, lambda file: figure.savefig(file, dpi=120, format=args.out.suffix[1:] or "png"))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"figure: {error}")
+    script("figure", main)

@@ -17,7 +17,7 @@ import torch
 
 from data import load_dataset
 from losses import LOSSES, ROWS, TWELVE
-from utils.errors import UserError
+from utils.errors import script
 from utils.flags import build_parser, command_line, new_run, run_name
 from utils.results import duration
 from utils.runs import NAMES, own_flags, read_run
@@ -131,7 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"plan: {error}")
+    script("plan", main)
