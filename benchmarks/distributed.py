@@ -31,7 +31,7 @@ import torch.multiprocessing
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine_name, write_result  # noqa: E402
 from losses import build_loss  # noqa: E402

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import in_a_process, machine_name, spread, write_result  # noqa: E402
 from utils.ranking import rank_metrics  # noqa: E402
@@ -139,9 +139,9 @@ def torchreid_module(name: str):
     if found is None:
         raise ModuleNotFoundError("torchreid")
     root = Path(found.submodule_search_locations[0])
-    file = root / f"reid/metrics/{name}.py"
-    file = file if file.exists() else root / f"metrics/{name}.py"
-    spec = importlib.util.spec_from_file_location(f"torchreid_{name}", file)
+    file = root / f"reid/{name}.py"
+    file = file if file.exists() else root / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"torchreid_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that its Cython is not built
@@ -150,9 +150,9 @@ def torchreid_module(name: str):
 
 
 def torchreid(query, query_pids, query_camids, gallery, gallery_pids, gallery_camids):
-    distance = torchreid_module("distance").compute_distance_matrix(query, gallery, "cosine").numpy()
+    distance = torchreid_module("metrics/distance").compute_distance_matrix(query, gallery, "cosine").numpy()
     ids = [x.numpy() for x in (query_pids, gallery_pids, query_camids, gallery_camids)]
-    cmc, ap = torchreid_module("rank").evaluate_rank(distance, *ids, max_rank=20)
+    cmc, ap = torchreid_module("metrics/rank").evaluate_rank(distance, *ids, max_rank=20)
     return {"mAP": float(ap), "rank1": float(cmc[0])}
 
 

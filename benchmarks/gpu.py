@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --minutes 12                             # all parts
     python benchmarks/gpu.py --parts evaluator losses --minutes 2
-    python benchmarks/gpu.py --small --device cpu --minutes 3         # every line once, on tiny data, without a GPU
+    python benchmarks/gpu.py --small --device cpu --minutes 3         # every part once, on tiny data, without a GPU
 
     check        the tests marked gpu: the CPU's numbers, memory that runs out, resuming bit for bit, no waiting
     evaluator    rank_metrics beside the product alone, a sort on the GPU and torchreid's way, at three sizes; memory
@@ -21,7 +21,6 @@ warm-up, random numbers; float32 is whole float32 unless TF32 is named.
 
 import argparse
 import gc
-import json
 import math
 import os
 import shutil
@@ -42,17 +41,17 @@ from tabulate import tabulate
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]  # has a losses.py, too
+sys.path.insert(0, str(ROOT))  # before this folder, which has a losses.py of its own
 
 from benchmarks import distributed, steps  # noqa: E402
 from benchmarks.evaluator import SIZES, by_sort, draw, product  # noqa: E402
-from benchmarks.losses import milliseconds as in_turns  # noqa: E402
-from benchmarks.losses import one_step  # noqa: E402
-from benchmarks.losses import peak_mib as peak_of  # noqa: E402
+from benchmarks.losses import by_turns, one_step  # noqa: E402
 from benchmarks.machine import RESULTS, machine_name, milliseconds, synchronize, write_result  # noqa: E402
+from benchmarks.machine import peak_mib as peak_of  # noqa: E402
 from data.images import default_workers  # noqa: E402
 from data.synthetic import generate  # noqa: E402
 from losses import LOSSES, ROWS, build_loss  # noqa: E402
+from utils.files import load_json  # noqa: E402
 from utils.ranking import average, rank_metrics, rank_queries_from_distance  # noqa: E402
 from utils.reranking import rerank  # noqa: E402
 from utils.runs import collect  # noqa: E402
@@ -282,7 +281,7 @@ def time_losses(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
                 continue  # the same as before
 
             step = one_step(loss_fn, embeddings, labels)
-            (on_device,) = in_turns([step], device, repeats)  # queued behind a pause: Python's time is not in it
+            (on_device,) = by_turns([step], device, repeats)  # queued behind a pause: Python's time is not in it
             alone = statistics.median([milliseconds(step, device) for _ in range(repeats)])
             rows.append({"loss": name, "batch_size": B, "dim": D, "num_classes": C, "milliseconds": on_device,
                          "milliseconds_with_launches": round(alone, 4),
@@ -400,27 +399,14 @@ def comparison(args: argparse.Namespace, write: Callable[[dict], None]) -> str:
         data_dir = args.data_dir or folder / "datasets"
         generate(data_dir, num_ids=6 if args.small else 751)
         say("the pedestrians are drawn")
-        if not epochs:  # how many fit, for one seed: from a short wave
-            (folder / "short").mkdir()
-            ended = list(wave([(row, 0) for row in rows[: args.jobs]], 2, args, data_dir, folder / "short", deadline))
-            if not ended:
-                raise RuntimeError("not even two epochs were finished")
-            logs = [(run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines() for *_, run_dir, _ in ended]
-            each = max(json.loads(lines[-1])["seconds"] for lines in logs)
-            around = max(seconds for *_, seconds in ended) - 2 * each
-            epochs = int(((deadline - time.perf_counter()) / math.ceil(len(rows) / args.jobs) - around) / (1.1 * each))
-            epochs = max(1, min(epochs, 60))
-            say(f"{each:.1f} s an epoch, {around:.1f} s around them: {epochs} epochs")
         seeds = 1 if args.small else 20  # as many as fit
         jobs = [(row, seed) for seed in range(seeds) for row in rows]
         for row, seed, run_dir, seconds in wave(jobs, epochs, args, data_dir, folder, deadline):
-            found[row][seed] = json.loads(collect(run_dir, args.out).read_text(encoding="utf-8"))
+            run = load_json(collect(run_dir, args.out))
             shutil.rmtree(run_dir)
-            scores = {key: found[row][seed][key] for key in ("rank1", "mAP")}
-            say(f"{row}, seed {seed}: rank-1 {scores['rank1']:.1%}, mAP {scores['mAP']:.1%}, {seconds:.0f} s")
-            runs = {row: {seed: {key: run[key] for key in ("rank1", "mAP", "seconds")} for seed, run in by_seed.items()}
-                    for row, by_seed in found.items()}  # fmt: skip
-            write({"epochs": epochs, "jobs": args.jobs, "arch": args.comparison_arch, "runs": runs})
+            found[row][seed] = {key: run[key] for key in ("rank1", "mAP", "seconds")}
+            say(f"{row}, seed {seed}: rank-1 {run['rank1']:.1%}, mAP {run['mAP']:.1%}, {seconds:.0f} s")
+            write({"epochs": epochs, "jobs": args.jobs, "arch": args.comparison_arch, "runs": found})
     lines = []
     for row, by_seed in found.items():
         means = [100 * statistics.fmean(run[key] for run in by_seed.values()) for key in ("rank1", "mAP") if by_seed]
@@ -465,12 +451,12 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--minutes", type=float, default=9, help="for all parts together (default: 9)")
-    add("--small", action="store_true", help="tiny sizes, to try every line")
+    add("--small", action="store_true", help="tiny sizes, to try every part")
     add("--device", default="cuda", help="default: cuda")
     add("--workers", type=int, default=default_workers(), help="threads that decode (default: the cores, at most 4)")
     add("--data-dir", type=Path, help="where the generated pedestrians are kept (default: drawn anew)")
     add("--jobs", type=int, default=6, help="trainings at a time in the comparison (default: 6)")
-    add("--comparison-epochs", type=int, default=DEFAULT_EPOCHS, help="0: as many as fit for one seed")
+    add("--comparison-epochs", type=int, default=DEFAULT_EPOCHS, help=f"default: {DEFAULT_EPOCHS}")
     add("--comparison-arch", default="resnet18", choices=("resnet18", "resnet50"), help="default: resnet18, 128x64")
     add("--machine", help="name in the files (default: the GPU's)")
     add("--out", type=Path, default=RESULTS, help="folder of the JSON files")
@@ -494,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
         Path(args.table).write_text(text + "\n", encoding="utf-8")
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("there is no GPU: --device cpu --small tries every line without one")
+        parser.error("there is no GPU: --device cpu --small tries every part without one")
     if args.small:  # on a busy machine two threads that wait for each other took 20 times as long as one
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # torch 2.14's bfloat16 by AMX holds NaN now and then

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402

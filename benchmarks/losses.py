@@ -1,8 +1,7 @@
 """Time and memory of each loss, beside pytorch-metric-learning and as a share of a training step of ResNet-50.
 
-    python benchmarks/losses.py            # batch 32, 64, 128, 160 x 2048; 751 and 10,000 classes; CPU, GPU if present
+    python benchmarks/losses.py            # batch 32, 64, 128, 160 x 2048; 751 and 10,000 classes
     python benchmarks/losses.py --quick    # batch 64, 751 classes, fewer repeats
-    python benchmarks/losses.py --show results/benchmarks/losses_MACHINE.json    # the table of losses/README.md
 
 Forward and backward of the loss alone, float32, on random non-negative embeddings of length 30: the median of the
 repeats with its quartiles, ours and the peer's by turns in the same run. Peak memory: what the step allocates on top
@@ -14,10 +13,8 @@ Prints a table and writes results/benchmarks/losses_MACHINE.json, with the commi
 """
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +26,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which holds a losses.py of its own
 
-from benchmarks.machine import machine_name, write_result  # noqa: E402
+from benchmarks.machine import RESULTS, machine_name, milliseconds, peak_mib, write_result  # noqa: E402
 from losses import ROWS, build_loss, parse_expression  # noqa: E402
 from models import build_model  # noqa: E402
 
@@ -89,69 +86,30 @@ def first_pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return anchors, positives, nothing, nothing
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def milliseconds(steps: list[Callable[[], None]], device: torch.device, repeats: int) -> list[dict[str, float]]:
-    """Median and quartiles of each step's time; the steps take turns, so that all see the same machine."""
+def by_turns(steps: list[Callable[[], None]], device: torch.device, repeats: int) -> list[dict[str, float]]:
+    """Median and quartiles of each step's milliseconds; the steps take turns, so that all see the same machine."""
     times: list[list[float]] = [[] for _ in steps]
     for repeat in range(-3, repeats):  # three rounds to warm up
         for step, own in zip(steps, times, strict=True):
             if device.type == "cuda":
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 torch.cuda._sleep(10**7)  # some ms, in which the step is queued: else Python's time would be measured
-                begin.record()
-                step()
-                end.record()
-                end.synchronize()
-                elapsed = begin.elapsed_time(end)
-            else:
-                start = time.perf_counter()
-                step()
-                elapsed = 1000 * (time.perf_counter() - start)
+            elapsed = milliseconds(step, device)
             if repeat >= 0:
                 own.append(elapsed)
     quartiles = [statistics.quantiles(own, n=4, method="inclusive") for own in times]
     return [{"q1": round(low, 4), "median": round(mid, 4), "q3": round(high, 4)} for low, mid, high in quartiles]
 
 
-def peak_mib(step: Callable[[], None], device: torch.device) -> float:
-    """The most memory that a step holds at once on top of what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    now = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak / 2**20
-
-
 def one_step(loss_fn: Callable, embeddings: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward and backward from no gradients."""
+    """Forward and backward, from no gradients to none, so that their memory is the step's own."""
     parameters = list(loss_fn.parameters()) if isinstance(loss_fn, nn.Module) else []
 
     def step() -> None:
+        loss_fn(embeddings, labels).backward()
         for tensor in (embeddings, *parameters):
             tensor.grad = None
-        loss_fn(embeddings, labels).backward()
 
     return step
-
-
-def free(embeddings: Tensor, loss_fn: Callable) -> None:
-    """Drops the gradients, so that the next step's are counted as its own."""
-    for tensor in (embeddings, *(loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ())):
-        tensor.grad = None
 
 
 def time_losses(device: torch.device, args: argparse.Namespace, with_peer: bool) -> list[dict]:
@@ -172,11 +130,8 @@ def time_losses(device: torch.device, args: argparse.Namespace, with_peer: bool)
                 if with_peer and (peer := peer_loss(names[0], num_classes, args.embedding_dim)) and len(names) == 1:
                     functions.append(peer.to(device) if isinstance(peer, nn.Module) else peer)
                 steps = [one_step(function, embeddings, labels) for function in functions]
-                times = milliseconds(steps, device, args.repeats)
-                peaks = []
-                for function, step in zip(functions, steps, strict=True):
-                    free(embeddings, function)
-                    peaks.append(round(peak_mib(step, device), 2))
+                times = by_turns(steps, device, args.repeats)
+                peaks = [round(peak_mib(step, device), 2) for step in steps]
                 row = {"device": device.type, "loss": expression, "batch_size": batch_size,
                        "num_classes": num_classes if has_classes else None,
                        "milliseconds": times[0], "peak_mib": peaks[0]}  # fmt: skip
@@ -205,17 +160,16 @@ def time_network(device: torch.device, args: argparse.Namespace) -> dict[str, di
             embeddings.backward(gradient)
             optimizer.step()
 
-        (times[name],) = milliseconds([step], device, args.network_repeats)
+        (times[name],) = by_turns([step], device, args.network_repeats)
     return times
 
 
-def table(rows: list[dict], network: dict[str, dict[str, dict[str, float]]], network_batch: int) -> str:
+def table(rows: list[dict], network: dict[str, dict[str, float]], network_batch: int) -> str:
     lines = []
     for row in rows:
         ours, peer = row["milliseconds"], row.get("peer_milliseconds")
-        steps = network.get(row["device"], {}) if row["batch_size"] == network_batch else {}
-        shares = [f"{100 * ours['median'] / steps[key]['median']:.2f} %" if steps else ""
-                  for key in ("float32", "bfloat16")]  # fmt: skip
+        shares = [f"{100 * ours['median'] / step['median']:.2f} %" if row["batch_size"] == network_batch else ""
+                  for step in network.values()]  # fmt: skip
         lines.append([
             row["device"], row["batch_size"], row["num_classes"] or "", row["loss"],
             f"{ours['median']:.2f} ({ours['q1']:.2f}-{ours['q3']:.2f})",
@@ -228,20 +182,6 @@ def table(rows: list[dict], network: dict[str, dict[str, dict[str, float]]], net
     return tabulate(lines, headers, disable_numparse=True)
 
 
-def readme_table(result: dict) -> str:
-    """What losses/README.md shows of a recorded file: batches of 64 and 160, 751 classes, on the CPU."""
-    head = "| loss | batch | ms | pytorch-metric-learning, ms | MiB | pytorch-metric-learning, MiB |"
-    lines = [head, "|---|---|---|---|---|---|"]
-    for row in result["rows"]:
-        if row["device"] != "cpu" or row["num_classes"] not in (None, 751) or row["batch_size"] not in (64, 160):
-            continue
-        ours, peer = row["milliseconds"]["median"], row.get("peer_milliseconds")
-        cells = [f"`{row['loss']}`", row["batch_size"], f"{ours:.2g}", f"{peer['median']:.2g}" if peer else "",
-                 f"{row['peak_mib']:.1f}", f"{row['peer_peak_mib']:.1f}" if peer else ""]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -249,28 +189,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch-sizes", type=int, nargs="+", help="default: 32 64 128 160")
     add("--num-classes", type=int, nargs="+", help="default: 751 10000")
     add("--embedding-dim", type=int, default=2048, help="width of the embeddings (default: 2048)")
-    add("--devices", nargs="+", help="default: cpu, and cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one")  # fmt: skip
     add("--repeats", type=int, help="timed rounds of each loss (default: 30)")
-    add("--threads", type=int, help="threads on the CPU (default: torch's)")
-    add("--arch", default="resnet50", help="backbone of the training step, or none")
+    add("--arch", default="resnet50", help="backbone of the training step (default: resnet50)")
     add("--height", type=int, default=256, help="pixels, of the training step's images (default: 256)")
     add("--width", type=int, default=128, help="the same (default: 128)")
     add("--network-batch", type=int, default=64, help="batch size of the training step")
     add("--network-repeats", type=int, help="timed training steps (default: 5)")
     add("--machine", help="name of this machine in the file (default: that of the processor or GPU)")
-    add("--show", type=Path, metavar="FILE", help="print the table of losses/README.md of a recorded file, and stop")
-    add("--out", type=Path, default=ROOT / "results" / "benchmarks", help="folder of the JSON file")
+    add("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args(argv)
-    if args.show:
-        print(readme_table(json.loads(args.show.read_text(encoding="utf-8"))))
-        return
     args.batch_sizes = args.batch_sizes or ([64] if args.quick else [32, 64, 128, 160])
     args.num_classes = args.num_classes or ([751] if args.quick else [751, 10_000])
     args.repeats = args.repeats or (10 if args.quick else 30)
     args.network_repeats = args.network_repeats or (3 if args.quick else 5)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    devices = [torch.device(name) for name in args.devices or ["cpu", *["cuda"] * torch.cuda.is_available()]]
+    device = torch.device(args.device)
 
     try:
         import pytorch_metric_learning
@@ -280,19 +214,11 @@ def main(argv: list[str] | None = None) -> None:
         peer_version = None
         print("pytorch-metric-learning is not installed: its columns stay empty", file=sys.stderr)
 
-    rows, network = [], {}
     torch.backends.cudnn.benchmark = True  # as in train.py
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # events and memory are those of the current device
-        rows += time_losses(device, args, with_peer=peer_version is not None)
-        if args.arch != "none":
-            network[device.type] = time_network(device, args)
-        synchronize(device)
+    rows, network = time_losses(device, args, with_peer=peer_version is not None), time_network(device, args)
     print(table(rows, network, args.network_batch))
-    for device, times in network.items():
-        shown = ", ".join(f"{name} {value['median']:.0f} ms" for name, value in times.items())
-        print(f"{args.arch} {args.height}x{args.width}, batch {args.network_batch}, on {device}: {shown} a step")
+    shown = ", ".join(f"{name} {value['median']:.0f} ms" for name, value in network.items())
+    print(f"{args.arch} {args.height}x{args.width}, batch {args.network_batch}, on {device}: {shown} a step")
 
     result = {
         "threads": torch.get_num_threads(),
@@ -300,9 +226,9 @@ def main(argv: list[str] | None = None) -> None:
         "repeats": args.repeats, "tf32_products": torch.backends.cuda.matmul.allow_tf32,
         "tf32_convolutions": torch.backends.cudnn.allow_tf32, "rows": rows,
         "network": {"arch": args.arch, "height": args.height, "width": args.width, "batch_size": args.network_batch,
-                    "repeats": args.network_repeats, "milliseconds": network},
+                    "repeats": args.network_repeats, "milliseconds": {device.type: network}},
     }  # fmt: skip
-    write_result("losses", result, args.machine or machine_name(devices[-1]), args.out)
+    write_result("losses", result, args.machine or machine_name(device), args.out)
 
 
 if __name__ == "__main__":

@@ -73,5 +73,24 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
+def peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """The most memory that a call holds at once on top of what was there before it."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    now = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 2**20
+
+
 def spread(values: list[float]) -> dict:
     return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}

@@ -21,7 +21,6 @@ Prints tables and writes results/benchmarks/reranking_MACHINE.json.
 """
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 import time
@@ -32,11 +31,11 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks import evaluator  # noqa: E402
-from benchmarks.machine import in_a_process, machine_name, spread, write_result  # noqa: E402
-from utils.ranking import metrics_from_distance  # noqa: E402
+from benchmarks.machine import in_a_process, machine_name, peak_mib, spread, write_result  # noqa: E402
+from utils.ranking import average, rank_queries_from_distance  # noqa: E402
 from utils.reranking import rerank  # noqa: E402
 
 SIZES = {  # as in benchmarks/evaluator.py: query and gallery images, people, cameras, distractors, how bad they are
@@ -48,7 +47,6 @@ SIZES = {  # as in benchmarks/evaluator.py: query and gallery images, people, ca
 }
 SLOW = 60  # seconds of all turns of a way, after which it gets no further one
 PLACES = 100  # the first places whose distances are compared
-GIB = 2**30
 
 # ---- The ways: functions of query (Q, D) and gallery (G, D); iterators over (slice of queries, distances) ----
 
@@ -64,10 +62,6 @@ def product(query, gallery):
     for first in range(0, len(query), size):
         images[first : min(first + size, len(query))] @ images[len(query) :].T
         yield slice(first, first + size), None
-
-
-def ours(query, gallery):
-    return rerank(query, gallery)
 
 
 def dense(query, gallery, k1=20, k2=6, lambda_=0.3):
@@ -98,14 +92,7 @@ def dense(query, gallery, k1=20, k2=6, lambda_=0.3):
 
 
 def torchreid(query, gallery):
-    found = importlib.util.find_spec("torchreid")
-    if found is None:
-        raise ModuleNotFoundError("torchreid")
-    root = Path(found.submodule_search_locations[0])
-    file = root / "reid/utils/rerank.py"
-    spec = importlib.util.spec_from_file_location("rerank", file if file.exists() else root / "utils/rerank.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = evaluator.torchreid_module("utils/rerank")
     query, gallery = F.normalize(query), F.normalize(gallery)
     pairs = (query, gallery), (query, query), (gallery, gallery)
     tables = [(x @ y.T).mul_(-2).add_(2).clamp_(min=0).sqrt_() for x, y in pairs]
@@ -114,7 +101,7 @@ def torchreid(query, gallery):
     yield slice(0, len(query)), torch.from_numpy(module.re_ranking(*(table.numpy() for table in tables)))
 
 
-WAYS = {"products alone": product, "this re-ranking": ours, "dense, PyTorch": dense, "torchreid, NumPy": torchreid}
+WAYS = {"products alone": product, "this re-ranking": rerank, "dense, PyTorch": dense, "torchreid, NumPy": torchreid}
 DENSE = ("dense, PyTorch", "torchreid, NumPy")
 
 
@@ -124,7 +111,7 @@ DENSE = ("dense, PyTorch", "torchreid, NumPy")
 def timed(way: str, arrays: list, scored: bool = True) -> dict:
     """Seconds and seconds of processors of a way, scoring not counted; metrics and the first distances if scored."""
     query, query_pids, query_camids, gallery, gallery_pids, gallery_camids = arrays
-    seconds, cpu_seconds, metrics, first = 0.0, 0.0, [], []
+    seconds, cpu_seconds, results, first = 0.0, 0.0, [], []
     blocks = iter(WAYS[way](query, gallery))
     while True:
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -137,15 +124,12 @@ def timed(way: str, arrays: list, scored: bool = True) -> dict:
         here, distance = block
         if scored and distance is not None:
             ids = query_pids[here], query_camids[here], gallery_pids, gallery_camids
-            metrics.append(metrics_from_distance(distance, *ids))
+            results.append(rank_queries_from_distance(distance, *ids))
             first.append(distance.topk(min(PLACES, distance.shape[1]), largest=False).values.sort(1)[0].cpu())
     found = {"seconds": seconds, "cpu_seconds": cpu_seconds}
-    if metrics:
-        weights = [row["num_queries"] for row in metrics]
-        found["metrics"] = {
-            key: sum(w * row[key] for w, row in zip(weights, metrics, strict=True)) / sum(weights)
-            for key in ("rank1", "mAP")
-        }
+    if results:
+        metrics = average({key: torch.cat([part[key] for part in results]) for key in results[0]})
+        found["metrics"] = {key: metrics[key] for key in ("rank1", "mAP")}
         found["first"] = torch.cat(first)  # (Q, 100)
     return found
 
@@ -173,9 +157,7 @@ def times_of(ways: list[str], folder: Path, device: str, repeats: int) -> dict[s
                 row["cpu_seconds"].append(result["cpu_seconds"])
     mine = first["this re-ranking"]
     for way, theirs in first.items():
-        difference = (theirs - mine).abs().amax(1)  # (Q,)
-        found[way]["queries_that_differ"] = int((difference > 1e-6).sum())
-        found[way]["median_difference"] = difference.median().item()
+        found[way]["queries_that_differ"] = int(((theirs - mine).abs().amax(1) > 1e-6).sum())
     return found
 
 
@@ -184,13 +166,10 @@ def memory_of(way: str, folder: Path, device: str) -> float:
     arrays = [array.to(device) for array in evaluator.load(folder)]
     timed(way, [array[:300] for array in arrays], scored=False)
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        timed(way, arrays, scored=False)
-        return (torch.cuda.max_memory_allocated() - before) / GIB
+        return peak_mib(lambda: timed(way, arrays, scored=False), torch.device(device)) / 2**10
     with evaluator.Memory() as memory:
         timed(way, arrays, scored=False)
-    return memory.extra / GIB
+    return memory.extra / 2**30
 
 
 def measure(size: str, device: str = "cpu", repeats: int = 3, dim: int = 2048, chosen=tuple(WAYS)) -> dict:
@@ -206,8 +185,6 @@ def measure(size: str, device: str = "cpu", repeats: int = 3, dim: int = 2048, c
                 row["seconds"], row["cpu_seconds"] = spread(row["seconds"]), spread(row["cpu_seconds"])
     mine = rows["this re-ranking"]
     for row in rows.values():
-        if "metrics" in row:
-            row["map_difference"] = abs(row["metrics"]["mAP"] - mine["metrics"]["mAP"])
         if "seconds" in row:
             row["times_ours"] = row["seconds"]["median"] / mine["seconds"]["median"]
     return {"size": size, "query": queries, "gallery": images, "dim": dim, "device": device, "ways": rows}
@@ -235,21 +212,6 @@ def table(result: dict) -> str:
                f"queries whose first {PLACES} differ by 1e-6"]  # fmt: skip
     title = f"{result['size']} on {result['device']}: {result['query']:,} x {result['gallery']:,} x {result['dim']:,}"
     return f"{title}\n{tabulate(rows, headers=headers, disable_numparse=True)}"
-
-
-def growth(results: list[dict]) -> str:
-    """How ours grows: with the square of the images, as its products do."""
-    rows = []
-    for result in results:
-        mine, alone = result["ways"]["this re-ranking"], result["ways"].get("products alone")
-        seconds, images = mine["seconds"]["median"], result["query"] + result["gallery"]
-        share = f"{seconds / alone['seconds']['median']:.2f}" if alone else ""
-        rows.append(
-            [result["device"], f"{images:,}", f"{seconds:.2f}", share,
-             f"{1e9 * seconds / images**2:.1f}", f"{mine['extra_gib']:.2f}"]
-        )  # fmt: skip
-    headers = ["", "images", "seconds", "x products alone", "ns per pair of images", "extra GiB"]
-    return tabulate(rows, headers=headers, disable_numparse=True)
 
 
 def verdict(result: dict) -> str:
@@ -289,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table(payload["results"][-1]), "\n", flush=True)
         if not args.quick:  # what is there is kept, whatever comes
             path = write_result("reranking", payload, args.machine or machine_name(args.device))
-    print("\n".join([growth(payload["results"]), *filter(None, map(verdict, payload["results"]))]))
+    print("\n".join(filter(None, map(verdict, payload["results"]))))
     if not args.quick:
         print(f"-> {path.name}")
 

@@ -39,6 +39,7 @@ from data.synthetic import VERSION, generate  # noqa: E402
 from evaluate import embed_split, load_run  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.environment import current_commit  # noqa: E402
+from utils.errors import script  # noqa: E402
 from utils.files import load_json, save_json  # noqa: E402
 from utils.flags import new_run  # noqa: E402
 from utils.ranking import rank_metrics  # noqa: E402
@@ -157,7 +158,7 @@ def measure_cameras(args) -> dict:
             if folder != "bounding_box_train" or int(re.search(r"_c(\d)s", path.name)[1]) in NEAR:
                 shutil.copyfile(path, copy / folder / path.name)
     try:
-        flags = ["--loss", "softmax", "--dataset", "market", *flags_for(2), "--seed", "0"]
+        flags = ["--loss", "softmax", "--loss-lr", "1e-3", "--dataset", "market", *flags_for(2), "--seed", "0"]
         trained(name, [*flags, "--data-dir", str(copy.relative_to(ROOT))], checkpoint=True)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
@@ -240,7 +241,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"synthetic.py: {error}")
+    script("synthetic.py", main)

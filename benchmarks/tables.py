@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md from results/benchmarks/: `python benchmarks/tables.py`.
+"""Writes the tables of this README and losses/README.md from results/benchmarks/: `python benchmarks/tables.py`.
 
 Each stands between `<!-- NAME -->` and `<!-- end -->`, NAME being a function below. A further machine's files change
 nothing: the files that are shown are named here.
@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
+sys.path.insert(0, str(ROOT))
 
 from utils.files import write_text  # noqa: E402
 
-README = Path(__file__).resolve().parent / "README.md"
+READMES = [ROOT / "benchmarks" / "README.md", ROOT / "losses" / "README.md"]
 RESULTS = ROOT / "results" / "benchmarks"
 H100, XEON, EPYC = "nvidia-h100-80gb-hbm3", "intel-xeon-processor-2-threads", "amd-epyc-2-threads"
 SIZES = {"market": "Market, 3,368 x 15,913", "msmt17": "MSMT17, 11,659 x 82,161",
@@ -52,7 +52,7 @@ def ranking_forms() -> str:
 def evaluator_peers() -> str:
     ways = load(f"evaluator_{XEON}")["cpu"][0]["ways"]
     lines = [[way, f"{row['seconds']['median']:.1f} s", f"{row['times_product']:.1f}", f"{row['extra_mib']:,.0f} MiB"]
-             for way, row in ways.items() if way not in ("product alone", "this evaluator")]  # fmt: skip
+             for way, row in ways.items() if way not in ("product alone", "this evaluator") and "seconds" in row]
     return table(["at Market's size", "time", "x product", "memory"], lines)
 
 
@@ -85,7 +85,7 @@ def reranking_cpu() -> str:
     lines = []
     for result in load(f"reranking_{EPYC}")["results"] + load(f"reranking_{EPYC}-msmt17")["results"]:
         size = f"{result['query']:,} x {result['gallery']:,}"
-        for way, row in result["ways"].items():
+        for way, row in [pair for pair in result["ways"].items() if "seconds" in pair[1]]:
             seconds = spread(*(row["seconds"][key] for key in ("median", "min", "max")), ".1f")
             numbers = [f"{row[key]:.2f}" for key in ("times_ours", "extra_gib")]
             lines.append([size, way, seconds, *numbers, row.get("queries_that_differ", "")])
@@ -120,10 +120,15 @@ def tricks_cpu() -> str:
     return table(["", "ms (min to max)", "ratio"], lines)
 
 
+def plain(rows: list[dict]) -> list[dict]:
+    """Rows of training that have a bare loop beside them, not compiled."""
+    return [row for row in rows if "stages_ms" in row and not row["compile"]]
+
+
 def training_cpu() -> str:
     lines = []
     for file in (XEON, f"{XEON}-resnet18"):
-        for r in load(f"training_{file}")["rows"]:
+        for r in plain(load(f"training_{file}")["rows"]):
             speed = [r["images_per_second"][way]["median"] for way in ("train.py", "bare loop", "bare loop, NCHW")]
             lines.append([
                 ARCHS[r["arch"]], r["precision"], r["repeats"],
@@ -137,7 +142,7 @@ def training_cpu() -> str:
 
 def training_h100() -> str:
     lines = []
-    for r in load(f"gpu-training_{H100}")["rows"]:
+    for r in plain(load(f"gpu-training_{H100}")["rows"]):
         stages = [f"{r['stages_ms'][key]:.1f}" for key in ("data", "forward", "loss", "backward", "optimizer")]
         lines.append([ARCHS[r["arch"]], r["precision"], f"{r['images_per_second']:,.0f}",
                       f"{r['bare_images_per_second']:,.0f}", f"{r['share_of_bare_loop']:.2f}", " / ".join(stages),
@@ -166,6 +171,18 @@ def losses_cpu() -> str:
             f"at most {100 * max(times) / step['median']:.2f} % of a step of ResNet-50.")  # fmt: skip
 
 
+def losses_beside_peers() -> str:
+    """Batches of 64 and 160, 751 classes."""
+    lines = []
+    for row in load(f"losses_{EPYC}")["rows"]:
+        if row["num_classes"] in (None, 751) and row["batch_size"] in (64, 160):
+            ours, peer = row["milliseconds"]["median"], row.get("peer_milliseconds")
+            lines.append([f"`{row['loss']}`", row["batch_size"], f"{ours:.2g}", f"{peer['median']:.2g}" if peer else "",
+                          f"{row['peak_mib']:.1f}", f"{row['peer_peak_mib']:.1f}" if peer else ""])  # fmt: skip
+    heads = ["loss", "batch", "ms", "pytorch-metric-learning, ms", "MiB", "pytorch-metric-learning, MiB"]
+    return table(heads, lines)
+
+
 def comparison_h100() -> str:
     result = load(f"gpu-comparison_{H100}")
     seconds = [run["seconds"] for by_seed in result["runs"].values() for run in by_seed.values()]
@@ -182,11 +199,12 @@ def kills() -> str:
 
 
 TABLES = (ranking_forms, evaluator_peers, evaluator_h100, reranking_cpu, reranking_h100, training_cpu, training_h100,
-          distributed_cpu, micro_batches_cpu, tricks_cpu, losses_h100, losses_cpu, comparison_h100, kills)  # fmt: skip
+          distributed_cpu, micro_batches_cpu, tricks_cpu, losses_h100, losses_cpu, losses_beside_peers, comparison_h100,
+          kills)  # fmt: skip
 
 
 def filled(text: str) -> str:
-    """The README's text with every table made anew. KeyError for a name that is not in TABLES."""
+    """A README's text with every table made anew. KeyError for a name that is not in TABLES."""
     of_name = {function.__name__: function for function in TABLES}
 
     def fill(found: re.Match) -> str:
@@ -196,4 +214,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    write_text(README, filled(README.read_text(encoding="utf-8")))
+    for readme in READMES:
+        write_text(readme, filled(readme.read_text(encoding="utf-8")))

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]  # has a losses.py, too
+sys.path.insert(0, str(ROOT))  # before this folder, which has a losses.py of its own
 
 from benchmarks.machine import in_a_process, machine_name, milliseconds, spread, write_result  # noqa: E402
 from benchmarks.steps import (  # noqa: E402
@@ -122,9 +122,10 @@ def measure(job: Job, source: Path) -> dict:
         first, second = real_epochs(job, images)  # before anything else takes memory
         row = {"warm_up_seconds": first["seconds"] - second["seconds"], "peak_memory_mib": peak_memory(device)}
         num_classes = 1 + max(record.label for record in records)
-        bare, nchw = (bare_step(job, num_classes, form) for form in (torch.channels_last, torch.contiguous_format))
+        bare = bare_step(job, num_classes)
         loops = {BARE: partial(bare_loop, bare, job.steps, device), PEER: build_peer(job, records)}
-        loops |= {} if job.compile else {NCHW: partial(bare_loop, nchw, job.steps, device)}
+        if not job.compile:
+            loops[NCHW] = partial(bare_loop, bare_step(job, num_classes, torch.contiguous_format), job.steps, device)
         seconds = {way: [] for way in (TRAIN, *loops)}
         for turn in range(job.repeats + 1):
             for way in seconds:
@@ -208,13 +209,12 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[Job]]:
     add("--repeats", type=int, default=3, help="turns (default: 3)")
     add("--p", type=int, help="identities per batch, 4 images each (default: 16; resnet50 on a CPU 8, to save time)")
     add("--quick", action="store_true", help="one network, tiny images, two steps, one turn: no numbers to keep")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one")  # fmt: skip
     add("--workers", type=int, default=default_workers(), help="threads that decode, and processes of the DataLoader")
     add("--data-dir", type=Path, help="folder for the generated pedestrians, kept (default: a temporary one)")
     add("--machine", help="name of this machine in the file's name (default: that of the processor or GPU)")
     args, jobs = parser.parse_args(argv), []
-    if min(args.repeats, args.steps or 1, args.p or 1) < 1:
-        parser.error("--steps, --repeats and --p must be at least 1")
     find_device(args.device)
     for arch in args.archs[: 1 if args.quick else None]:
         size, on_cpu = SIZES[arch], args.device == "cpu"

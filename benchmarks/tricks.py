@@ -15,7 +15,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,13 +26,14 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import machine_name, write_result  # noqa: E402
+from benchmarks.machine import RESULTS, machine_name, milliseconds, write_result  # noqa: E402
 from data.images import TrainingImages  # noqa: E402
 from evaluate import embed  # noqa: E402
 from losses import build_loss  # noqa: E402
 from models import build_model, model_options  # noqa: E402
 from train import backward_step  # noqa: E402
 from utils.environment import find_device  # noqa: E402
+from utils.errors import script  # noqa: E402
 from utils.flags import new_run  # noqa: E402
 
 PLAIN, ALL = "no trick", "all of them"
@@ -84,20 +84,12 @@ def scoring_loop(args: dict, paths: list[Path], flip_test: bool, device: torch.d
     return lambda: embed(model, paths, device=device, flip_test=flip_test, **settings)
 
 
-def seconds(loop: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    loop()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def by_turns(loops: dict[str, Callable], repeats: int, per: int, device: torch.device) -> list[dict]:
     """Milliseconds of a `per`-th of each loop (median, least, most) and its ratio to the first one, after a warm-up."""
     times = {name: [] for name in loops}
     for repeat in range(-1, repeats):
         for name, loop in loops.items():
-            elapsed = 1000 * seconds(loop, device) / per
+            elapsed = milliseconds(loop, device) / per
             if repeat >= 0:
                 times[name].append(elapsed)
     first = next(iter(times.values()))
@@ -117,9 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch-size", type=int, default=64, help="images a step (default: 64)")
     add("--steps", type=int, help="steps of a turn (default: 20 on a GPU, 2 on a CPU)")
     add("--repeats", type=int, help="turns (default: 7)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one")  # fmt: skip
     add("--machine", help="name of this machine in the file (default: that of the processor or GPU)")
-    add("--out", type=Path, default=ROOT / "results" / "benchmarks", help="folder of the JSON file")
+    add("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     flags = parser.parse_args(argv)
     device = find_device(flags.device)
     height = flags.height or (128 if flags.quick else 256)
@@ -146,4 +139,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script("tricks.py", main)

@@ -31,7 +31,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(place for place in sys.path if place != str(ROOT / "benchmarks"))]
+sys.path.insert(0, str(ROOT))
 
 from losses import parse_expression  # noqa: E402
 from utils.flags import FREE, build_parser, new_run  # noqa: E402

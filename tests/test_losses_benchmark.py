@@ -1,14 +1,14 @@
-"""The benchmark of the losses runs; its file holds what the README quotes, and of the machine nothing but its name."""
+"""The benchmark of the losses runs; its file holds what READMEs show, and of the machine nothing but its name."""
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.losses import first_pairs, machine_name, main, peak_mib, readme_table
-from losses import ROWS
+from benchmarks.losses import first_pairs, main, one_step
+from benchmarks.machine import machine_name, peak_mib
+from losses import ROWS, build_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:__array_wrap__")  # the peer's own
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ig
 def test_the_benchmark_writes_its_file(tmp_path, capsys):
     peers = pytest.importorskip("pytorch_metric_learning")
     main(["--batch-sizes", "8", "--num-classes", "5", "11", "--embedding-dim", "16", "--repeats", "2",
-          "--devices", "cpu", "--arch", "resnet18", "--height", "32", "--width", "32", "--network-batch", "8",
+          "--device", "cpu", "--arch", "resnet18", "--height", "32", "--width", "32", "--network-batch", "8",
           "--network-repeats", "2", "--machine", "my box/1", "--out", str(tmp_path)])  # fmt: skip
     (path,) = tmp_path.iterdir()
     assert path.name == "losses_my-box-1.json"
@@ -49,6 +49,14 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert peak_mib(step, torch.device("cpu")) == pytest.approx(4, abs=0.1)
 
 
+def test_peak_memory_of_a_loss_counts_its_gradients():
+    """Class weights of 2 MiB: every step has their gradient anew, and leaves none behind."""
+    embeddings, loss_fn = torch.randn(4, 512, requires_grad=True), build_loss("softmax", 1024, 512)
+    step = one_step(loss_fn, embeddings, torch.arange(4))
+    step()
+    assert peak_mib(step, torch.device("cpu")) > 2 and embeddings.grad is None
+
+
 def test_first_pairs():
     anchors, positives, *none = first_pairs(torch.tensor([3, 1, 3, 2, 1, 3]))
     assert anchors.tolist() == [0, 1] and positives.tolist() == [2, 4] and all(len(n) == 0 for n in none)
@@ -56,12 +64,3 @@ def test_first_pairs():
 
 def test_the_name_of_the_machine_is_fit_for_a_file():
     assert re.fullmatch(r"[a-z0-9-]+", machine_name(torch.device("cpu")))
-
-
-def test_the_table_of_losses_readme_is_that_of_its_file():
-    """The file that is named above the table; files of other machines may lie beside it."""
-    root = Path(__file__).resolve().parent.parent
-    readme = (root / "losses" / "README.md").read_text()
-    ((name, table),) = re.findall(r"<!-- costs of (\S+) -->\n(.*?)\n<!-- end -->", readme, flags=re.S)
-    recorded = json.loads((root / "results" / "benchmarks" / f"{name}.json").read_text())
-    assert table == readme_table(recorded), f"python benchmarks/losses.py --show results/benchmarks/{name}.json"
