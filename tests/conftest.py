@@ -1,6 +1,7 @@
 """A tiny data set in Market's layout for the tests that train: PNG files, so that no JPEG library changes a pixel."""
 
 import contextlib
+import functools
 import os
 import signal
 from collections import OrderedDict
@@ -11,14 +12,20 @@ import torch
 from PIL import Image
 from torch import nn
 
+import data.synthetic
 import evaluate
 import models
 import train
+import utils.environment
 from models.backbone import GlobalAveragePool, build_model
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # so, too, in the processes that tests begin
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # no AMX: benchmarks/README.md, last section
+
+# what is the same in every test, and costs a second or two processes each time
+data.synthetic.digest = functools.cache(data.synthetic.digest)
+utils.environment.current_commit = functools.cache(utils.environment.current_commit)
 
 QUICK = ["--arch", "resnet18", "--weights", "none", "--height", "32", "--width", "16", "--workers", "1",
          "--save-every", "0", "--device", "cpu"]  # fmt: skip

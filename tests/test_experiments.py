@@ -469,18 +469,15 @@ def test_a_training_that_was_ended_alone_stops_the_script(checkout, exit_code):
 
 
 def test_with_train_py_itself(checkout, tmp_path):
-    """Nothing stands in here: one loss trains for an epoch on a tiny data set, one can't build its batches."""
+    """Nothing stands in here: a loss trains for an epoch on a tiny data set."""
     for name in ("train.py", "evaluate.py"):
         (checkout / name).symlink_to(ROOT / name)
     data = write_tiny_market(tmp_path / "data/market1501").parent
     flags = "--arch resnet18 --weights none --height 32 --width 16 --epochs 1 --p 4 --k 2 --workers 1 --device cpu"
-    (checkout / "runs").mkdir()
-    (checkout / "runs" / planned(*flags.split(), DATASETS="market", LOSSES="npair", SEEDS="0")[0]).write_text("a file")
     before = everything(checkout)
-    environment = {"DATA_DIR": str(data), "LOSSES": "npair arcface", "SEEDS": "0", "JOBS": "2",
-                   "PYTHON": sys.executable}
+    environment = {"DATA_DIR": str(data), "LOSSES": "arcface", "SEEDS": "0", "JOBS": "2", "PYTHON": sys.executable}
     code, out, err = run(checkout, *flags.split(), **environment)
-    assert code == 1 and "train.py: " in err and "is a file" in err and "Traceback" not in err
+    assert code == 0 and "Traceback" not in err
     name = "market_arcface_s0_arch-resnet18_weights-none_height-32_width-16_epochs-1_p-4_k-2"
     assert finished(checkout) == [name] and everything(checkout) == before
     made = json.loads((checkout / "runs" / name / "result.json").read_text())

@@ -122,13 +122,10 @@ def test_a_natural_loss_passes_and_what_others_lack_is_said(tmp_path):
     """All in one copy. That the tests of all losses together pass with a new one: test_readme.py `literally`."""
     losses = {"contrastive": NATURAL, **CARELESS_ONES, **ODD_FILES}
     add_losses(tmp_path, losses, keys={"unlisted": None, "otherkey": "other"})
-    passed, failures = run_tests(tmp_path, "-k", " or ".join(["contrastive", *CARELESS_ONES, "test_loss_files"]))
+    chosen = " or ".join(["contrastive", *CARELESS_ONES, "test_loss_files and not names_of"])
+    passed, failures = run_tests(tmp_path, "-k", chosen)
     assert sum("contrastive" in test for test in passed) > 40
     assert not [failure for failure in failures if "contrastive" in " ".join(failure)]
-    program = """from losses import build_loss
-print(build_loss("softmax+contrastive", 3, 4, ["contrastive.squared=False"]).contrastive.squared)"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
     check(failures, {
         "careless": ("where there is nothing to learn from, return (embeddings * 0).sum()",
                      "the loss of a batch with",

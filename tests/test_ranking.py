@@ -1,5 +1,6 @@
 """utils/ranking.py beside a slow loop typed from the protocol, by hand, and where equal embeddings could go wrong."""
 
+import bisect
 import os
 import shutil
 import subprocess
@@ -23,6 +24,9 @@ KEYS = [*(f"rank{k}" for k in RANKS), "mAP", "mAP_trapezoid", "mINP", "num_queri
 
 def slow(nearness, query_pids, query_camids, gallery_pids, gallery_camids):
     """The protocol, query by query and image by image; None if no query has a true match. nearness: large = near."""
+    query_pids, query_camids, gallery_pids, gallery_camids = (
+        np.asarray(ids).tolist() for ids in (query_pids, query_camids, gallery_pids, gallery_camids))  # fmt: skip
+    nearness = nearness if isinstance(nearness, list) else np.asarray(nearness).tolist()
     found = []
     for q, row in enumerate(nearness):
         matches, wrong = [], []
@@ -32,7 +36,9 @@ def slow(nearness, query_pids, query_camids, gallery_pids, gallery_camids):
             (matches if gallery_pids[g] == query_pids[q] else wrong).append(near)
         if not matches:
             continue
-        ranks = [i + sum(w >= near for w in wrong) for i, near in enumerate(sorted(matches, reverse=True), start=1)]
+        wrong.sort()
+        ranks = [i + len(wrong) - bisect.bisect_left(wrong, near)
+                 for i, near in enumerate(sorted(matches, reverse=True), start=1)]  # fmt: skip
         n = len(ranks)
         ap = sum(i / rank for i, rank in enumerate(ranks, start=1)) / n
         before = [(i - 1) / (rank - 1) if rank > 1 else 1 for i, rank in enumerate(ranks, start=1)]

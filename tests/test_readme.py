@@ -412,11 +412,6 @@ def apply(block, folder):
     return new
 
 
-def run_python(folder, *arguments):
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-
-
 def test_add_a_loss_a_data_set_and_a_backbone_literally(tmp_path):
     """Each is one file, its import and its line, one test: these pass, and so do those that find it by themselves."""
     folder, new = copy_tree(tmp_path), []
@@ -428,13 +423,14 @@ def test_add_a_loss_a_data_set_and_a_backbone_literally(tmp_path):
     how = {"cwd": folder, "capture_output": True, "text": True, "timeout": 600}
     others = [f"tests/test_{name}.py" for name in ("losses", "loss_files", "structure", "models")]
     of_all = "rows or default or wrong or arguments or state or expressions"
-    chosen = ["-k", f"{' or '.join(names)} or {of_all}", *[f"tests/{path.name}" for path in new[1::2]], *others]
+    chosen = ["-k", f"{' or '.join(names)} and not convnext or {of_all}"]
+    chosen += [f"tests/{path.name}" for path in new[1::2]] + others
     options = ["-v", "--assert=plain", "-p", "no:cacheprovider", "-o", "addopts="]
     done = subprocess.run([sys.executable, "-m", "pytest", *options, *chosen], **how)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in names:  # its own test, and others that find it by themselves
         passed = re.findall(rf"^tests/(\w+)\.py::.*{name}.* PASSED", done.stdout, flags=re.M)
-        assert f"test_{name}" in passed
+        assert {f"test_{name}"} < {*passed}, passed
     words = ["--loss", "softmax+norm_softmax", "--dataset", "mine+market", "--arch", "tiny", "--show-recipe"]
     done = subprocess.run([sys.executable, "train.py", *words], **how)
     assert done.returncode == 0 and all(word in done.stdout for word in words[:-1]), done.stderr

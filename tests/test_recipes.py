@@ -3,7 +3,6 @@ recipe and flags become one dict, a name and a command."""
 
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,6 @@ from utils.flags import (
 )
 from utils.recipes import RECIPES, recipe_values
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = ("loss_args", *WORKED_OUT, "loss_weights", "loss_lr")  # what rows of the controlled recipe may set
 
 

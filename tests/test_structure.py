@@ -1,6 +1,7 @@
 """Who imports whom, and which names stay where, read from the source."""
 
 import ast
+import functools
 import inspect
 import re
 import sys
@@ -23,6 +24,7 @@ def folder_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 

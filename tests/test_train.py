@@ -3,10 +3,7 @@
 import itertools
 import json
 import runpy
-import signal
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import evaluate
 import train
 from data.holdout import holdout
 from data.market1501 import market1501
-from losses import ROWS
+from losses import ROWS, build_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:Market-1501 in")  # the tiny set has other counts, and says so
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,8 +226,8 @@ def test_checkpoints_by_the_minute(small_network, flags, tmp_path, monkeypatch, 
     assert saved == [3, 6, 7]  # a look at the clock of 25 s at the start, after each epoch and after each save
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_every_parameter_and_buffer_of_every_loss_moves(small_network, flags, tmp_path, row):
+@pytest.mark.parametrize("row", ["triplet", *(row for row in ROWS if build_loss(row, 2, 2).state_dict())])
+def test_every_parameter_and_buffer_moves(small_network, flags, tmp_path, row):
     """One epoch of three real steps: class weights, biases, centers, counted steps and statistics all change."""
     run("--loss", row, "--epochs", 0, *flags, "--run-dir", tmp_path / "before")
     run("--loss", row, "--epochs", 1, *flags)
@@ -296,11 +293,6 @@ def test_wrong_flags_are_answered_with_one_sentence(flags, tmp_path, capsys, bad
     assert not (tmp_path / "run").exists()
 
 
-def script(*flags):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-
 def test_missing_data_set_is_one_sentence(tmp_path, monkeypatch):
     words = ["--loss", "softmax", "--dataset", "market", "--data-dir", str(tmp_path / "nowhere")]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -320,18 +312,6 @@ def test_compile_without_a_compiler_is_one_sentence(small_network, flags, monkey
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     with pytest.raises(SystemExit, match=r"^train.py: --compile does not work here \(.*ompiler.*\): leave it out$"):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-
-def test_sigterm_ends_after_the_step_and_says_how_to_go_on(flags, tmp_path):
-    process = script("--loss", "softmax", "--epochs", 1000, *flags)
-    while not (tmp_path / "run" / "log.jsonl").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    finished = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"]
-    assert f"goes on from epoch {finished + 1}" in out.splitlines()[-1]
 
 
 def test_two_processes_in_one_run_folder(small_network, flags, tmp_path):
