@@ -141,7 +141,7 @@ def score(
             parts.append(rank_queries_from_distance(distance, query[1][here], query[2][here], *gallery[1:]))
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
-    block = None  # the default
+    block, default = None, 4096 if reranking else 8192
     while True:
         try:
             results = rank(block)
@@ -149,7 +149,7 @@ def score(
         except torch.OutOfMemoryError:
             if block == 64:
                 raise
-        block = max((block or 8192) // 2, 64)
+        block = max((block or default) // 2, 64)
         print(f"out of memory: ranking again by blocks of {block} gallery images")
     if not reranking:
         results = {key: distributed.gather_rows(column, len(queries[0])) for key, column in results.items()}
@@ -226,6 +226,8 @@ def load_tests(
             tests = {"val": holdout(data.train, run["seed"], ignore_cameras=run["ignore_cameras"])}
             name, about["eval_on"] = f"{dataset} val", "val"
     print("".join(f"{note}\n" for note in data.notes), end="")
+    if not own and "folder" in dataset.split("+") and "folder" in run["dataset"].split("+"):
+        print("another split than the run's: if these are pictures that it knows, it was trained on some of the people")
     return tests, name, about
 
 
@@ -312,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     print(metrics_table(metrics, f"{args.run.name} on {title}, {how['metric']}{', re-ranked' if args.rerank else ''}"))
     if args.verification:
         print(verification_table(metrics))
-        people = "held out, none of the test" if title.endswith(" val") else "of the test set, which they describe"
+        people = "held out, none of the test" if about["eval_on"] == "val" else "of the test set, which they describe"
         print(f"thresholds found on the people {people}")
     words = [data_name(args.dataset or run["dataset"], args.data_dir or run["data_dir"])]
     words += [*(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]

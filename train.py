@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     forward = distributed.parallel(torch.compile(model) if args["compile"] else model)
     whole_loss = distributed.parallel(loss_fn)
     how = {key: args[key] for key in ("random_crop", "pad_crop", "random_erasing", "cache", "workers")}
+    how["cache"] = how["cache"] if args["epochs"] else "off"  # nothing is trained, so nothing is decoded
     images_of = TrainingImages([record.path for record in records], args["height"], args["width"], device, **how)
 
     # ----------------------------------------------------------------------------------------------------------- train
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     with locked(run_dir, new=not resumed) if writes else nullcontext():
         if "folder" in data.tests and writes and not (run_dir / "split.csv").exists():
             write_split_csv(data.tests["folder"], run_dir / "split.csv", args["data_dir"])  # it outlives added files
-        if writes and (not resumed or any(args[key] != load_args(run_dir)[key] for key in SCORING)):
+        if writes and (not resumed or any(args[key] != load_args(run_dir)[key] for key in (*SCORING, "data_dir"))):
             save_json(run_dir / "args.json", args)
         same = args.keys() - {*FREE, *SCORING, "explicit", "environment"}
         first_epoch, log = resume_run(run_dir, args, same, model, loss_fn, optimizer)

@@ -17,6 +17,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -90,7 +91,8 @@ def title_of(data_dir: str | Path) -> str:
     place = Path(data_dir).resolve()
     if (place / "folder").is_dir():
         return "folder"
-    return f"folder {place.stem if place.suffix == '.csv' else place.name}".removesuffix(" folder")
+    name = place.stem if place.suffix == ".csv" else place.name
+    return name if name == "folder" else f"folder {name}"
 
 
 def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
@@ -106,7 +108,8 @@ def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
     for name, part in parts.items() if parts else [(".", "")]:
         place = str(root / name)
         images = scan(place, others, report)
-        pieces = [path[len(place) + 1 :].split(os.sep) for path in images]  # person's folder, ..., file
+        start = len(os.path.join(place, ""))  # a drive of Windows ends in its separator as it is
+        pieces = [path[start:].split(os.sep) for path in images]  # person's folder, ..., file
         nested = any(len(piece) > 1 for piece in pieces)
         for path, piece in zip(images, pieces, strict=True):
             match = NAME.match(piece[0])
@@ -308,8 +311,10 @@ def write_split_csv(split: Split, file: Path, data_dir: str | Path) -> None:
         rows.writerow(("path", "pid", "camid", "split"))
         for part, records in split._asdict().items():
             for r in records:
-                camid = r.camid if r.camid >= 0 else ""
-                rows.writerow((os.path.relpath(r.path, base), f"{r.pid:09d}", camid, part))
+                camid, path = r.camid if r.camid >= 0 else "", r.path
+                with suppress(ValueError):  # on another drive of Windows: as it is
+                    path = os.path.relpath(path, base)
+                rows.writerow((path, f"{r.pid:09d}", camid, part))
     os.replace(whole, file)  # never half a split
 
 

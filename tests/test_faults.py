@@ -577,7 +577,7 @@ def test_a_file_name_that_is_no_text(whole, market, tmp_path):
     name = os.fsdecode(b"0001_c1s1_900000_\xff.png")
     shutil.copy(next((market / "bounding_box_train").iterdir()), market / "bounding_box_train" / name)
     (market / "bounding_box_train" / name.replace("9", "8")).write_bytes(b"")
-    flags = with_data(whole[1], market, "--run-dir", tmp_path / "run", "--epochs", 0)
+    flags = with_data(whole[1], market, "--run-dir", tmp_path / "run", "--epochs", 1)
     code, error = script("train.py", *flags)
     assert code == 1 and "0001_c1s1_800000_" in error and "can't be read as an image" in error
     assert script("train.py", *flags, "--skip-bad-images")[0] == 0
@@ -730,6 +730,13 @@ def test_what_a_resumed_run_may_change(half_way, whole, tiny_market, tmp_path):
     assert [name for name in differences(whole[0], half_way) if name.startswith("last.pt:")] == []
     before = load_json(whole[0] / "result.json")
     assert result["mAP"] != before["mAP"] and result["log"][0]["mAP"] == before["log"][0]["mAP"]
+
+
+def test_a_resumed_run_keeps_where_its_images_lie_now(half_way, tiny_market, tmp_path):
+    """The next command finds them there, without --data-dir."""
+    moved = str(shutil.copytree(tiny_market, tmp_path / "elsewhere"))
+    run("--resume", "--run-dir", half_way, "--data-dir", moved)
+    assert load_json(half_way / "args.json")["data_dir"] == moved
 
 
 @pytest.mark.parametrize("key", [key for key in DEFAULTS if key not in (*FREE, *SCORING)])
@@ -1056,6 +1063,11 @@ def test_less_memory_for_the_ranking_halves_its_blocks(whole, monkeypatch, capsy
     with pytest.raises(torch.OutOfMemoryError):
         evaluate.main(["--run", str(whole[0]), "--device", "cpu"])
     assert asked == [None, 4096, 2048, 1024, 512, 256, 128, 64]
+    asked.clear()
+    monkeypatch.setattr(evaluate, "rerank", lambda *args, block, **settings: short_of_memory(gallery_block=block))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.main(["--run", str(whole[0]), "--device", "cpu", "--rerank"])
+    assert asked == [None, 2048, 1024, 512, 256, 128, 64]  # it begins with 4096
 
 
 # -------------------------------------------------------------------------------------------- faults of the user's code

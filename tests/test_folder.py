@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import check_true_matches, folder, load_datasets, reader_options
-from data.folder import read_split_csv, write_split_csv
+from data.folder import read_split_csv, title_of, write_split_csv
 from data.records import Split, stop
 
 OPTIONS = {key: option.default for key, option in reader_options().items()}
@@ -51,6 +51,24 @@ def write_csv(file: Path, text: str) -> Path:
 
 
 # 1. A folder per person
+
+
+def test_names_of_folders():
+    assert title_of("/x/photos") == "folder photos" and title_of("/x/New folder") == "folder New folder"
+    assert title_of("/x/folder") == "folder" and title_of("/x/zoo.csv") == "folder zoo"
+
+
+def test_a_picture_without_a_common_start_is_kept_as_it_is(tmp_path, monkeypatch):
+    """As on another drive of Windows, where os.path.relpath raises."""
+    split, _ = read(write(tmp_path, *people("anna", "bob", "cleo", "dan")))
+
+    def fails(*_):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "relpath", fails)
+        write_split_csv(split, tmp_path / "split.csv", tmp_path)
+    assert str(split.query[0].path) in (tmp_path / "split.csv").read_text()
 
 
 def test_a_folder_per_person(tmp_path):

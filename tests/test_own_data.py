@@ -85,10 +85,12 @@ def test_the_split_stays_when_files_are_added(tmp_path, monkeypatch, capsys):
     assert [line["loss"] for line in whole["log"]] == [line["loss"] for line in resumed["log"]]
     assert all(whole[key] == resumed[key] for key in evaluate.METRICS)
     evaluate.main(["--run", str(run_dir), "--device", "cpu"])
+    assert "trained on some" not in capsys.readouterr().out
     again = load(run_dir / "evaluation_folder-photos_cosine.json")
     assert all(again[key] == resumed[key] for key in evaluate.METRICS)
     evaluate.main(["--run", str(run_dir), "--device", "cpu", "--split-seed", "3"])  # another split, of all files
-    assert "folder: a folder per person: 7 people, 22 images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "folder: a folder per person: 7 people, 22 images" in out and "it was trained on some of the people" in out
     run(*flags, "--run-dir", tmp_path / "new")
     assert len((tmp_path / "new/split.csv").read_text(encoding="utf-8").splitlines()) == 1 + 22
 

@@ -14,6 +14,7 @@ import scipy.stats
 from data import reader_options
 from losses import TWELVE, all_arguments, row_name
 from utils import figure, results
+from utils.errors import UserError
 from utils.flags import DEFAULTS, FREE, WORKED_OUT, build_parser, new_run, work_out
 from utils.runs import collect, compact, describe, load_groups, own_flags
 from utils.statistics import holm, interval, paired_p
@@ -651,9 +652,16 @@ def test_curves_are_the_training_losses_of_the_seeds(drawn):
     assert axes[0].lines[0].get_xydata().tolist() == [[1, 4.0], [2, 2.0]] and axes[0].get_ylim()[0] == 0
 
 
+def test_figure_in_an_unknown_format(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    with pytest.raises(UserError, match="xyz"):
+        figure.main([str(save(tmp_path, result())), "--out", str(tmp_path / "figure.xyz")])
+    assert not (tmp_path / "figure.xyz").exists()
+
+
 def test_figure_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
+    with pytest.raises(UserError, match="pip install matplotlib"):
         figure.main([str(save(tmp_path, result())), "--out", str(tmp_path / "figure.png")])
 
 

@@ -292,6 +292,14 @@ def test_two_at_once_end_well(tmp_path, small, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [small.name]
 
 
+def test_a_wrong_number_of_people_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "data.synthetic", "--num-ids", "1", "--data-dir", str(tmp_path)]
+    root = Path(synthetic.__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("data.synthetic: the number of generated identities must be")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_contact_sheet(tmp_path):
     contact_sheet(tmp_path / "sheet.png", num_people=1)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))

@@ -105,6 +105,38 @@ def test_only_new_and_changed_images_are_embedded(run, tiny_market, tmp_path, mo
     assert all((found[path] == row).all() for path, row in list(zip(paths, first, strict=True))[3:])
 
 
+def test_a_file_that_changes_meanwhile_is_embedded_again(run, tiny_market, tmp_path, monkeypatch):
+    """What was embedded counts for the file as it was listed."""
+    paths = [Path(shutil.copy(path, tmp_path)) for path in sorted((tiny_market / "query").iterdir())[:3]]
+    opened, real = embedding.open_run(run, "cpu", 1), embedding.embed_paths
+
+    def and_then_it_changes(*arguments):
+        rows = real(*arguments)
+        shutil.copy(paths[1], paths[0])
+        os.utime(paths[0], ns=(1, 1))
+        return rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "embed_paths", and_then_it_changes)
+        before = embedding.embed_kept(opened, paths)[:]
+    after = embedding.embed_kept(opened, paths)[:]
+    assert (before[1:] == after[1:]).all() and (after[0] == after[1]).all() and (before[0] != before[1]).any()
+
+
+def test_kept_embeddings_belong_to_the_network_that_was_read(runs, run, tiny_market):
+    """Though a training saves its next epoch meanwhile, and mirrored images to another flag."""
+    paths, opened = sorted((tiny_market / "query").iterdir()), embedding.open_run(run, "cpu", 1)
+    shutil.copy(runs[1] / "last.pt", run / "last.pt")
+    embedding.embed_kept(opened, paths)
+    for name in ("last.pt", "args.json"):
+        shutil.copy(runs[1] / name, run / name)
+    plain = embedding.embed_kept(embedding.open_run(run, "cpu", 1), paths)[:]
+    np.testing.assert_allclose(plain, wanted(run, paths), atol=1e-5)
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**args, "flip_test": True}))
+    assert not np.allclose(embedding.embed_kept(embedding.open_run(run, "cpu", 1), paths)[:], plain)
+
+
 def test_a_file_by_two_spellings_is_one(run, tiny_market):
     """Both new at once: the rows of the files after it stay theirs."""
     first, second, third = sorted((tiny_market / "query").iterdir())[:3]
@@ -214,6 +246,9 @@ def test_compare(run, tiny_market, capsys):
     assert f"similarity {similarity:.4f}" in out and "people of the test set of market" in out
     threshold = float(re.search(r"threshold (-?\d\.\d+) takes at most 5 %", out)[1])
     assert ("-> one person" in out) == (similarity >= threshold)
+    with pytest.raises(SystemExit):
+        compare.main([str(tiny_market / "query"), str(b), "--run", str(run), *CPU])
+    assert "two pictures are compared, not 19" in capsys.readouterr().err
     compare.main([str(a), str(a), "--run", str(run), *CPU])
     out = capsys.readouterr().out
     assert "similarity 1.0000" in out and "-> one person" in out and "too few to speak of a rate of 0.001" in out

@@ -51,14 +51,16 @@ def main(argv: list[str] | None = None) -> None:
     add_flags(parser)
     args = parser.parse_args(argv)
     paths = [path for image in args.images for path in find_images(image)]
+    if len(paths) != 2:
+        parser.error(f"two pictures are compared, not {len(paths):,}")
     run = open_run(args.run, args.device, args.workers)
-    tests, title, _ = load_tests(args.run, run.args, data_dir=args.data_dir)
+    tests, title, about = load_tests(args.run, run.args, data_dir=args.data_dir)
     name, split = next(iter(tests.items()))
     pairs = pairs_of(run, split_features(run, split))
     one, other = to_device(embed_paths(run, paths), run).split(1)
     similarity = similarities(one, other, run.args["metric"]).item()
     whose = f"people of the test set of {name}: the threshold describes them, and was not found on others"
-    if title.endswith(" val"):
+    if about["eval_on"] == "val":
         whose = f"people of {title}, held out from training and no part of the test"
     print(describe(similarity, pairs, args.false_match_rate, whose))
 

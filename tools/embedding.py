@@ -1,7 +1,8 @@
 """What the tools share: images found, embedded by a run's network, and kept beside the run; flags.
 
 Kept are the embeddings of every image that a tool has seen, in RUN/embeddings: CHECKPOINT.f32, a row of D float32 for
-each line of CHECKPOINT.jsonl, which says for which file (path, size, time of change). CHECKPOINT: a digest of last.pt.
+each line of CHECKPOINT.jsonl, which says for which file (path, size, time of change). CHECKPOINT: a digest of last.pt,
+and whether images are mirrored.
 Rows are only ever added, so whatever stops a tool, what it has embedded stays; the folder may be deleted at any time.
 """
 
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     model: nn.Module
     args: dict  # the run's flags
     settings: dict  # of evaluate.embed
+    digest: str = ""  # of the network as it was read, and of what else an embedding depends on
 
     @property
     def name(self) -> str:
@@ -71,12 +73,14 @@ def add_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
 
 def open_run(folder: Path, device: str, workers: int) -> Run:
     """UserError, or FileNotFoundError, in one sentence if it is no run folder with a checkpoint."""
-    place = find_device(device)
+    place, file = find_device(device), folder / "last.pt"
+    digest = hashlib.sha256(file.read_bytes() if file.is_file() else b"")  # before it is read: a run may still train
     model, args = load_run(folder, place)
+    digest.update(b"flip_test" * args["flip_test"])
     set_backends(args["deterministic"], args["tf32"])
     settings = {key: args[key] for key in ("height", "width", "amp", "flip_test")}
     settings |= {"device": place, "workers": workers}
-    return Run(folder, model, args, settings)
+    return Run(folder, model, args, settings, digest.hexdigest()[:16])
 
 
 def find_images(place: Path) -> list[Path]:
@@ -113,7 +117,7 @@ def embed_kept(run: Run, paths: Sequence[Path], skip_bad: bool = False) -> Kept:
 
     skip_bad: files that can't be decoded are named and left out; otherwise BadImage, in one sentence, for the first.
     """
-    digest = hashlib.sha256((run.folder / "last.pt").read_bytes()).hexdigest()[:16]
+    digest = run.digest
     folder, width = run.folder / "embeddings", run.model.embedding_dim
     lines, table = folder / f"{digest}.jsonl", folder / f"{digest}.f32"
     keys = [key_of(path) for path in paths]
@@ -123,24 +127,25 @@ def embed_kept(run: Run, paths: Sequence[Path], skip_bad: bool = False) -> Kept:
                 old.unlink()
         with open(lines, "ab+") as names, open(table, "ab+") as rows:
             known = read_keys(names, rows, width)
-            new = [path for key, path in dict(zip(keys, paths, strict=True)).items() if key not in known]
-            bad = {}
+            new = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
+            order, bad = list(new), {}
             for first in range(0, len(new), CHUNK):
-                chunk, what = new[first : first + CHUNK], f"embedding {len(new):,} new images"
+                chunk, what = order[first : first + CHUNK], f"embedding {len(new):,} new images"
                 try:
-                    found = embed_paths(run, chunk, what)
+                    found = embed_paths(run, [new[key] for key in chunk], what)
                 except BadImage:
                     if not skip_bad:
                         raise
-                    here = find_bad_images(chunk, run.settings["workers"])
-                    bad |= {key_of(chunk[i]): sentence for i, sentence in here.items()}
-                    chunk = [path for i, path in enumerate(chunk) if i not in here]
-                    found = embed_paths(run, chunk, what) if chunk else np.empty((0, width), np.float32)
+                    here = find_bad_images([new[key] for key in chunk], run.settings["workers"])
+                    bad |= {chunk[i]: sentence for i, sentence in here.items()}
+                    chunk = [key for key in chunk if key not in bad]
+                    paths_left = [new[key] for key in chunk]
+                    found = embed_paths(run, paths_left, what) if chunk else np.empty((0, width), np.float32)
                 rows.write(found.tobytes())
                 rows.flush()  # before the lines that speak of them
-                for path in chunk:
-                    known[key_of(path)] = len(known)
-                    names.write((json.dumps(key_of(path)) + "\n").encode())
+                for key in chunk:
+                    known[key] = len(known)
+                    names.write((json.dumps(key) + "\n").encode())
                 names.flush()
     for sentence in bad.values():
         print(f"left out: {sentence}")

@@ -127,15 +127,14 @@ def collect(runs: list[Shown], chosen: list[int], most_bytes: int = MOST_BYTES) 
     """What the page's script reads: images (each once), maps, and queries as long as there is room; and the files."""
     f, args = runs[0].features, runs[0].run.args
     places, images, queries, size = {}, [], [], 0
-    base = os.path.commonpath([os.path.dirname(path) for path in [*f.query_paths, *f.gallery_paths]])
+    base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in [*f.query_paths, *f.gallery_paths]])
 
     def add(path: str, pid: int, camid: int) -> int:
         nonlocal size
         if path not in places:
             places[path] = len(images)
             source = thumbnail(path, args["height"], args["width"])
-            name = os.path.relpath(path, base) if path.startswith(base) else path
-            images.append({"source": source, "path": name, "pid": pid, "camid": camid})
+            images.append({"source": source, "path": os.path.relpath(path, base), "pid": pid, "camid": camid})
             size += len(source) + len(path) + 60 + 200 * len(runs)
         return places[path]
 
@@ -301,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ("query_paths", "gallery_paths")
     if len(runs) == 2 and any(getattr(runs[0].features, key) != getattr(runs[1].features, key) for key in names):
         raise UserError("the two runs were tested on different images: name a test set with --dataset and --data-dir")
-    valid = runs[0].results["num_matches"] > 0
+    valid = torch.stack([shown.results["num_matches"] > 0 for shown in runs]).all(0)  # one may ignore cameras
     chosen = choose([shown.results["ap"] for shown in runs], valid, args.queries)
     data, files = collect(runs, chosen)
     out = args.out or args.run[0] / "show.html"

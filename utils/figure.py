@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 
 from losses import ROWS
-from utils.errors import UserError, script
+from utils.errors import UserError, script, user_input
 from utils.files import write_atomically
 from utils.results import summarise, verdict
 from utils.runs import Groups, load_groups
@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     groups = several_seeds(load_groups(args.folder))
     groups = groups if args.all else dict(list(groups.items())[:1])
     figure = (draw_curves if args.curves else draw_scores)(groups)
-    write_atomically(args.out, lambda file: figure.savefig(file, dpi=120, format=args.out.suffix[1:] or "png"))
+    with user_input():  # a format that matplotlib can't write
+        write_atomically(args.out, lambda file: figure.savefig(file, dpi=120, format=args.out.suffix[1:] or "png"))
 
 
 if __name__ == "__main__":
