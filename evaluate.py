@@ -87,13 +87,19 @@ def embed(
 
 def embed_split(model: nn.Module, split: Split, **settings) -> Features:
     """Query and gallery of a split with their embeddings; settings: those of `embed`."""
-    fields = {}
+    tables = {}
     for name, records in (("query", split.query), ("gallery", split.gallery)):
-        paths = [record.path for record in records]
-        fields[name] = embed(model, paths, description=f"embedding {name}", **settings)
-        fields[f"{name}_pids"] = torch.tensor([record.pid for record in records])
-        fields[f"{name}_camids"] = torch.tensor([record.camid for record in records])
-        fields[f"{name}_paths"] = [str(path) for path in paths]
+        tables[name] = embed(model, [r.path for r in records], description=f"embedding {name}", **settings)
+    return features_of(split, **tables)
+
+
+def features_of(split: Split, query: Tensor, gallery: Tensor) -> Features:
+    """The embeddings (Q, D) and (G, D) of a split, in its order, with identities, cameras and paths."""
+    fields = {"query": query, "gallery": gallery}
+    for name, records in (("query", split.query), ("gallery", split.gallery)):
+        fields[f"{name}_pids"] = torch.tensor([r.pid for r in records])
+        fields[f"{name}_camids"] = torch.tensor([r.camid for r in records])
+        fields[f"{name}_paths"] = [str(r.path) for r in records]
     return Features(**fields)
 
 
@@ -297,10 +303,10 @@ def main(argv: list[str] | None = None) -> None:
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
     options = {key: value for key, value in vars(args).items() if key in reader_options()}
     tests, title, about = load_tests(args.run, run, args.dataset, args.data_dir, options)
-    how = {"metric": args.metric or run["metric"], "ignore_cameras": run["ignore_cameras"]}
-    how["ignore_cameras"] = how["ignore_cameras"] if args.ignore_cameras is None else args.ignore_cameras
+    scoring = {key: run[key] if getattr(args, key) is None else getattr(args, key) for key in SCORING}
+    how = {key: scoring[key] for key in ("metric", "ignore_cameras")}
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
-    settings["flip_test"] = run["flip_test"] if args.flip_test is None else args.flip_test
+    settings["flip_test"] = scoring["flip_test"]
     if args.save_features:
         if len(tests) > 1:
             raise UserError("--save-features takes one test set: name it with --dataset")
@@ -318,13 +324,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"thresholds found on the people {people}")
     words = [data_name(args.dataset or run["dataset"], args.data_dir or run["data_dir"])]
     words += [*(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
-    how["flip_test"] = settings["flip_test"]
-    words += [how["metric"], *(key.replace("_", "-") for key in SCORING if how[key] is True)]
+    words += [scoring["metric"], *(key.replace("_", "-") for key in SCORING if scoring[key] is True)]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
     words += [word for word in ("rerank", "verification") if getattr(args, word)]
     about["finished"] = (args.run / "result.json").is_file()  # otherwise the network may still change
     if distributed.rank() == 0:
-        content = {**metrics, **how, **(further["reranking"] or {}), **about}
+        content = {**metrics, **scoring, **(further["reranking"] or {}), **about}
         save_json(args.run / f"evaluation_{'_'.join(words)}.json", content)
 
 

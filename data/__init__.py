@@ -1,6 +1,7 @@
 """Data sets by name. A new one = one file with a reader, one line in DATASETS, one test."""
 
 import argparse
+import functools
 import inspect
 from collections.abc import Iterable
 from difflib import SequenceMatcher
@@ -71,6 +72,7 @@ def find_reader(name: str):
     return DATASETS[name]
 
 
+@functools.cache
 def reader_options() -> dict[str, Option]:
     """The options of all readers by name, read from their signatures."""
     options = {}

@@ -316,7 +316,15 @@ def test_load_synthetic(tmp_path, monkeypatch):
 OPTIONS = {key: option.default for key, option in reader_options().items()}  # as a script has them: every flag
 
 
-def test_options_come_from_the_signatures(monkeypatch, capsys):
+@pytest.fixture
+def read_anew(monkeypatch):
+    """The options of readers, where a test adds one."""
+    reader_options.cache_clear()
+    yield
+    reader_options.cache_clear()
+
+
+def test_options_come_from_the_signatures(read_anew, monkeypatch, capsys):
     options = reader_options()
     assert options["cuhk03_boxes"] == (
         str, ("detected", "labeled"), "detected", ["cuhk03"], "boxes by a detector or by hand")  # fmt: skip
@@ -326,6 +334,7 @@ def test_options_come_from_the_signatures(monkeypatch, capsys):
     def mine(root, report=print, *, split_seed: int = 0, mine_part: Literal["a", "b"] = "b") -> Split: ...
 
     monkeypatch.setitem(data.DATASETS, "mine", mine)
+    reader_options.cache_clear()
     assert reader_options()["split_seed"].datasets == ["folder", "mine"]
     assert reader_options()["mine_part"] == (str, ("a", "b"), "b", ["mine"], "")
     parser = argparse.ArgumentParser()
@@ -345,7 +354,7 @@ def test_options_come_from_the_signatures(monkeypatch, capsys):
     lambda root, *, part: None,
     lambda root, *, split_seed=1: None,
 ], ids=["switch", "None", "no default", "another default"])  # fmt: skip
-def test_an_option_that_makes_no_flag_is_refused(monkeypatch, reader):
+def test_an_option_that_makes_no_flag_is_refused(read_anew, monkeypatch, reader):
     """Nor two readers with one name and other defaults: a flag has one."""
     monkeypatch.setitem(data.DATASETS, "mine", reader)
     with pytest.raises(TypeError, match="mine: .* needs a number or a text as default, the same in every reader"):

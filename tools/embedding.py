@@ -23,7 +23,7 @@ from torch import nn
 from data.folder import describe, scan
 from data.images import BadImage, find_bad_images
 from data.records import Split, stop
-from evaluate import cameras, embed, load_run
+from evaluate import cameras, embed, features_of, load_run
 from utils.checkpoint import locked
 from utils.environment import find_device
 from utils.errors import UserError, user_input
@@ -179,15 +179,8 @@ def to_device(rows: np.ndarray, run: Run) -> torch.Tensor:
 
 def split_features(run: Run, split: Split) -> Features:
     """As evaluate.embed_split, but with the embeddings that are kept beside the run."""
-    fields, first = {}, 0
-    kept = embed_kept(run, [record.path for record in [*split.query, *split.gallery]])
-    for name, records in (("query", split.query), ("gallery", split.gallery)):
-        fields[name] = to_device(kept[first : first + len(records)], run)
-        fields[f"{name}_pids"] = torch.tensor([record.pid for record in records])
-        fields[f"{name}_camids"] = torch.tensor([record.camid for record in records])
-        fields[f"{name}_paths"] = [str(record.path) for record in records]
-        first += len(records)
-    return Features(**fields)
+    kept, Q = embed_kept(run, [record.path for record in [*split.query, *split.gallery]]), len(split.query)
+    return features_of(split, to_device(kept[:Q], run), to_device(kept[Q:], run))
 
 
 def pairs_of(run: Run, features: Features) -> Pairs:
