@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks import synthetic as benchmark
 from data import synthetic
 from data.synthetic import DIGESTS, FOLDERS, RECORDED, TEST, TRAIN, digest, generate, people, tasks, versions
-from data.synthetic.__main__ import contact_sheet
+from data.synthetic.__main__ import contact_sheet, main
 from data.synthetic.figures import Figure, Pose
 from data.synthetic.people import TWIN_SHARE, near_twin, visible
 from data.synthetic.scenes import CAMERAS, cameras, scene
@@ -292,12 +292,13 @@ def test_two_at_once_end_well(tmp_path, small, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [small.name]
 
 
-def test_a_wrong_number_of_people_is_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "data.synthetic", "--num-ids", "1", "--data-dir", str(tmp_path)]
-    root = Path(synthetic.__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("data.synthetic: the number of generated identities must be")
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("flag", ["--num-ids", "--seed"])
+def test_wrong_numbers_on_the_command_line_are_one_sentence(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.synthetic", flag, "-1", "--data-dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: --num-ids must be at least 2, and --seed at least 0" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_contact_sheet(tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 from PIL import Image
 
 from data.synthetic import TEST, Task, generate, people, render
-from utils.errors import script, user_input
 
 PEOPLE, GAP, GROUP_GAP = 60, 4, 12  # gaps in pixels: between images, and more between cameras and between pairs
 
@@ -38,12 +37,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another one: other people, other cameras")
     parser.add_argument("--contact-sheet", metavar="FILE", help="write a PNG of examples instead")
     args = parser.parse_args()
-    with user_input():
-        if args.contact_sheet:
-            contact_sheet(args.contact_sheet, args.seed)
-        else:
-            print(generate(args.data_dir, args.num_ids, args.seed))
+    if args.num_ids < 2 or args.seed < 0:
+        parser.error("--num-ids must be at least 2, and --seed at least 0")
+    if args.contact_sheet:
+        contact_sheet(args.contact_sheet, args.seed)
+    else:
+        print(generate(args.data_dir, args.num_ids, args.seed))
 
 
 if __name__ == "__main__":
-    script("data.synthetic", main)
+    main()
