@@ -581,6 +581,8 @@ def test_a_file_name_that_is_no_text(whole, market, tmp_path):
     code, error = script("train.py", *flags)
     assert code == 1 and "0001_c1s1_800000_" in error and "can't be read as an image" in error
     assert script("train.py", *flags, "--skip-bad-images")[0] == 0
+    untrained = with_data(whole[1], market, "--run-dir", tmp_path / "untrained", "--epochs", 0)
+    assert script("train.py", *untrained)[0] == 0  # nothing is trained, so nothing of it is decoded
 
 
 # ------------------------------------------------------------------------------------------------- files from strangers
