@@ -1,4 +1,4 @@
-"""Writes the tables of this README and losses/README.md from results/benchmarks/: `python benchmarks/tables.py`.
+"""Writes the tables of benchmarks/README.md and losses/README.md from results/benchmarks/: python benchmarks/tables.py.
 
 Each stands between `<!-- NAME -->` and `<!-- end -->`, NAME being a function below. A further machine's files change
 nothing: the files that are shown are named here.
