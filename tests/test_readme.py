@@ -219,28 +219,37 @@ def test_findings_of_the_controlled_recipe():
 def test_findings_of_other_recipes():
     found, (groups, rows) = findings(), groups_by_recipe()
     controlled = rows["controlled"]
-    change = {name: {loss: 100 * mean for loss, (mean, *_) in changes_from(controlled, rows[name]).items()}
-              for name in ("published", "tricks")}  # fmt: skip
+    changed = {name: changes_from(controlled, rows[name]) for name in ("published", "tricks")}
     published = {entry["row"]: entry for entry in results.summarise(rows["published"])}
-    (n,) = {len(entry["seeds"]) for entry in published.values()}
-    p_values = [p for *_, p in changes_from(controlled, rows["published"]).values()]
-    assert len(p_values) == len(published) == len(rows["tricks"]) == 12 and min(p_values) > 0.05
-    assert f"(n = {n}, 12 comparisons with the controlled recipe, none of which shows a difference" in found
+    assert {tuple(entry["seeds"]) for entry in published.values()} == {(0, 1, 2)} and len(published) == 12
+    shown = {loss: signed(mean, None) for loss, (mean, *_, p) in changed["published"].items() if p < 0.05}
+    assert sorted(shown) == ["multi_similarity", "softmax", "softmax+triplet", "sphereface"]
+    assert "Published recipe** (n = 3, 12 comparisons with the controlled recipe): softmax (" in found
+    assert f"softmax ({shown['softmax']} points of mAP) and sphereface ({shown['sphereface']}) are higher" in found
+    triplet, multi_similarity = shown["softmax+triplet"], shown["multi_similarity"]
+    assert f"higher, softmax+triplet ({triplet}) and multi-similarity ({multi_similarity}) lower" in found
+    rest = [p for loss, (*_, p) in changed["published"].items() if loss not in shown]
+    assert len(rest) == 8 and f"other eight not shown to differ (p = {min(rest):.2f} to {max(rest):.2f})" in found
     first = sorted(published, key=lambda loss: -published[loss]["mAP"][0])[:3]
-    assert "{}, {} and {} have the highest means;".format(*first) in found
-    assert f"softmax gains {change['published']['softmax']:.0f} points of mAP" in found
-    assert f"multi-similarity loses {-change['published']['multi_similarity']:.0f} (" in found
-    assert f"softmax+triplet loses {-change['published']['softmax+triplet']:.0f} (" in found
+    assert "{} has the highest mean, before {} and {}, and".format(*first) in found
+    p_values = {loss: entry["p"] for loss, entry in published.items() if loss != first[0]}
+    lower = [p_values.pop(loss) for loss in ("cosface", "multi_similarity", "softmax+triplet", "npair")]
+    assert max(lower) < 0.05 < min(p_values.values())
+    least = min(p_values.values())
+    assert f"N-pair are lower than it (11 comparisons; the others' p is {least:.2f} or more)" in found
+    two = {loss: {seed: runs[seed] for seed in (0, 1)} for loss, runs in rows["published"].items()}
+    assert min(p for *_, p in changes_from(controlled, two).values()) > 0.05
+    assert "Two seeds with them showed no difference" in found
 
     tricks = {entry["row"]: entry for entry in results.summarise(rows["tricks"])}
     assert {tuple(entry["seeds"]) for entry in tricks.values()} == {(0, 1, 2)} and len(tricks) == 12
     means = sorted(tricks, key=lambda loss: -tricks[loss]["mAP"][0])
     assert means[:3] == ["histogram", "focal", "softmax+center"]
     shown = "{}, {} and {} come first instead, with all tricks (n = 3) {}.".format(*first, means[0])
-    assert f"recipe (n = {n}) {shown}" in " ".join(README.split())
-    p_values = {loss: p for loss, (*_, p) in changes_from(controlled, rows["tricks"]).items()}
+    assert f"recipe (n = 3) {shown}" in " ".join(README.split())
+    p_values = {loss: p for loss, (*_, p) in changed["tricks"].items()}
     assert f"N-pair is not shown to differ (p = {p_values.pop('npair'):.2f})" in found
-    lost = sorted((-change["tricks"][loss], loss) for loss in p_values)
+    lost = sorted((-100 * changed["tricks"][loss][0], loss) for loss in p_values)
     assert max(p_values.values()) < 0.05 and len(lost) == 11 and lost[0][0] > 0
     (least, first), *_, (most, last) = lost
     assert (first, last) == ("histogram", "multi_similarity")
