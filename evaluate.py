@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DATASETS, add_reader_flags, check_options, load_datasets, reader_options
+from data import DATASETS, add_reader_flags, check_options, check_true_matches, load_datasets, reader_options
 from data.holdout import holdout
 from data.images import stream_images
 from data.records import Split
@@ -64,6 +64,8 @@ def embed(
     Under torchrun every process embeds its share of them and returns all.
     """
     paths, total = [Path(path) for path in paths], len(paths)
+    if not paths:
+        raise UserError("there are no images to embed")
     distributed.check_same("the list of test images", digest_of_names(paths))
     paths = paths[distributed.share(total)]
     was_training = model.training
@@ -181,10 +183,9 @@ def score_all(
 
 def metrics_table(metrics: dict, title: str) -> str:
     """Percents under the metrics' names in prose: a row, or one of the means and one of each test set."""
-    names = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "rank20": "rank-20"}
     rows = {f"{title}, mean" if "tests" in metrics else title: metrics, **metrics.get("tests", {})}
     lines = [[name, *(100 * row[key] for key in METRICS[:-1]), row["num_queries"]] for name, row in rows.items()]
-    headers = ["", *(names.get(key, key) for key in METRICS[:-1]), "valid queries"]
+    headers = ["", *(key.replace("rank", "rank-") for key in METRICS[:-1]), "valid queries"]
     return tabulate(lines, headers, floatfmt=".2f")
 
 
@@ -305,6 +306,9 @@ def main(argv: list[str] | None = None) -> None:
     tests, title, about = load_tests(args.run, run, args.dataset, args.data_dir, options)
     scoring = {key: run[key] if getattr(args, key) is None else getattr(args, key) for key in SCORING}
     how = {key: scoring[key] for key in ("metric", "ignore_cameras")}
+    with user_input():
+        for split in tests.values():
+            check_true_matches(split, how["ignore_cameras"])
     settings = {key: run[key] for key in ("height", "width", "amp")} | {"device": device, "workers": args.workers}
     settings["flip_test"] = scoring["flip_test"]
     if args.save_features:

@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             signal.signal(each, lambda got, _: stop_signals.append(got) if not stop_signals else sys.exit(128 + got))
         saved, saved_at = first_epoch, time.monotonic()
         for epoch in range(first_epoch, args["epochs"]):
-            seed_everything(args["seed"], epoch)  # a resumed run goes on exactly as it would have
+            seed_everything(args["seed"], epoch, distributed.rank())  # a resumed run goes on exactly as it would have
             model.train()
             loss_fn.train()
             order = sampler.batches(epoch)  # (steps, B)

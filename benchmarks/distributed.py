@@ -18,7 +18,6 @@ Medians over the steps, each run in processes of its own; memory: resident on a 
 import argparse
 import json
 import os
-import resource
 import socket
 import statistics
 import sys
@@ -33,7 +32,8 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import machine_name, write_result  # noqa: E402
+from benchmarks.machine import machine_name, synchronize, write_result  # noqa: E402
+from benchmarks.steps import peak_memory  # noqa: E402
 from losses import build_loss  # noqa: E402
 from models import build_model  # noqa: E402
 from train import backward_step  # noqa: E402
@@ -76,21 +76,18 @@ def measure(number: int, count: int, port: int, path: str, args: argparse.Namesp
         for turn in range(args.steps + 1):
             for name, call in calls.items():
                 distributed.largest(0)  # all begin together
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                synchronize(device)
                 start = time.perf_counter()
                 call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                synchronize(device)
                 if turn:  # the first one is the warm-up
                     times[name].append(1000 * (time.perf_counter() - start))
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory
         found = {name: round(statistics.median(values), 3) for name, values in times.items()}
         if number == 0:
             spread = [round(value, 3) for value in (min(times["step"]), max(times["step"]))]
-            row = {"processes": count, "images": p * K, "parts": parts, "ms": found, "step_spread_ms": spread}
-            Path(path).write_text(json.dumps({**row, "peak_memory_mib": round(memory, 1)}), encoding="utf-8")
+            row = {"processes": count, "images": p * K, "parts": parts, "ms": found, "step_spread_ms": spread,
+                   "peak_memory_mib": round(peak_memory(device), 1)}  # fmt: skip
+            Path(path).write_text(json.dumps(row), encoding="utf-8")
 
 
 def run(args: argparse.Namespace, count: int, p: int, parts: int) -> dict:

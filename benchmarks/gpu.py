@@ -50,10 +50,11 @@ from benchmarks.machine import RESULTS, machine_name, milliseconds, synchronize,
 from benchmarks.machine import peak_mib as peak_of  # noqa: E402
 from data.images import default_workers  # noqa: E402
 from data.synthetic import generate  # noqa: E402
+from evaluate import RERANK, score  # noqa: E402
 from losses import LOSSES, ROWS, build_loss  # noqa: E402
+from utils.features import Features  # noqa: E402
 from utils.files import load_json  # noqa: E402
-from utils.ranking import average, rank_metrics, rank_queries_from_distance  # noqa: E402
-from utils.reranking import rerank  # noqa: E402
+from utils.ranking import rank_metrics  # noqa: E402
 from utils.runs import collect  # noqa: E402
 from utils.seed import set_backends  # noqa: E402
 
@@ -302,18 +303,13 @@ def time_reranking(args: argparse.Namespace, write: Callable[[dict], None]) -> s
     device, rows = torch.device(args.device), []
     for size in SMALL_SIZES if args.small else ("market", "msmt17"):
         arrays = draw_embeddings(device, 64 if args.small else 2048, (SMALL_SIZES if args.small else SIZES)[size])
-        query, query_pids, query_camids, gallery, gallery_pids, gallery_camids = arrays
-        found = {}
+        features, found = Features(*arrays), {}
 
         def ranked() -> None:
-            parts = []
-            for here, distance in rerank(query, gallery):  # noqa: B023
-                ids = query_pids[here], query_camids[here], gallery_pids, gallery_camids  # noqa: B023
-                parts.append(rank_queries_from_distance(distance, *ids))
-            found.update(average({key: torch.cat([part[key] for part in parts]) for key in parts[0]}))  # noqa: B023
+            found.update(score(features, reranking=RERANK))  # noqa: B023
 
         times = [milliseconds(ranked, device) for _ in range(4 if size == "market" else 2)][1:]
-        rows.append({"size": size, "query": len(query), "gallery": len(gallery), "dim": query.shape[1],
+        rows.append({"size": size, "query": len(arrays[0]), "gallery": len(arrays[3]), "dim": arrays[0].shape[1],
                      "milliseconds": round(statistics.median(times), 1), "n": len(times),
                      "extra_mib": peak_mib(ranked, device), "mAP": found["mAP"],
                      "mAP_plain": rank_metrics(*arrays)["mAP"]})  # fmt: skip

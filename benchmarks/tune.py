@@ -33,7 +33,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from losses import parse_expression  # noqa: E402
+from losses import parse_expression, row_name, with_default_weights  # noqa: E402
 from utils.flags import FREE, build_parser, new_run  # noqa: E402
 
 BUDGET = 3  # candidates per loss
@@ -184,8 +184,7 @@ def common_flags(seed: int, more: list[str] = ()) -> list[str]:
 
 def trial_flags(row: str, values: dict) -> list[str]:
     """The flags of train.py that a candidate stands for."""
-    weights = values.get("loss_weights", {})
-    flags = ["--loss", "+".join(f"{weights[term]!r}*{term}" if term in weights else term for term in row.split("+"))]
+    flags = ["--loss", with_default_weights(row, values.get("loss_weights", {}))]
     if "loss_args" in values:
         flags += ["--loss-args", *(f"{key}={value!r}" for key, value in values["loss_args"].items())]
     if "loss_lr" in values:
@@ -274,8 +273,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--loss and --candidates belong together")
     candidates, log = {row: CANDIDATES[row] for row in args.losses}, ROOT / "results/tuning/synthetic.jsonl"
     if args.loss:
+        if row_name(args.loss) != args.loss:
+            parser.error("--loss takes no weights here: give them as candidates, loss_weights.LOSS=VALUE")
         candidates, log = {args.loss: [candidate(args.loss, text) for text in args.candidates]}, None
-    log = args.log or log or ROOT / "runs" / f"tune_{args.loss}.jsonl".replace("*", "x")
+    log = args.log or log or ROOT / "runs" / f"tune_{args.loss}.jsonl"
     common = common_flags(args.seed, more)
     dataset = in_effect(common)["dataset"]
     trials, failed = read_log(log, common), []

@@ -190,5 +190,6 @@ def check_true_matches(split: Split, ignore_cameras: bool = False) -> None:
         )
     raise ValueError(
         "No query has a true match: each person of the queries was seen by one camera only, and by the protocol images "
-        "of the query's own camera do not count. To count all but the query image itself, pass --ignore-cameras."
+        "of the query's own camera do not count. With --ignore-cameras, train.py and evaluate.py count all but the "
+        "query image itself."
     )

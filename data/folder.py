@@ -233,7 +233,7 @@ def build(found: list[Found], shape: str, where: str, split_seed: int, test_shar
     known = number_of(cameras, "camera")
     if without:
         lacking = number_of(sum(one.camid < 0 for one in found), "image")
-        known = f"cameras unknown ({lacking} without _cN) and so ignored"
+        known = f"cameras unknown (none is given for {lacking}) and so ignored"
     report("note", f"{shape}: {number_of(len(names), 'person', 'people')}, {number_of(len(found), 'image')}, {known}")
 
     if found and not found[0].part:

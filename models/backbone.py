@@ -154,19 +154,14 @@ def remove_head(network: nn.Module, neck: str) -> str:
     last = max(i for i, (_, module) in enumerate(modules) if isinstance(module, nn.Linear))
     head, linear = modules[last]
     if isinstance(modules[last - 1][1], nn.Dropout):
-        replace(network, modules[last - 1][0], nn.Identity())
+        network.set_submodule(modules[last - 1][0], nn.Identity())
     network.embedding_dim = linear.in_features
     layers = {"embedding": InFloat32()}
     if neck == "bn":
         layers["neck"] = nn.BatchNorm1d(linear.in_features)
         layers["neck"].bias = None
-    replace(network, head, nn.Sequential(OrderedDict(layers)))
+    network.set_submodule(head, nn.Sequential(OrderedDict(layers)))
     return head
-
-
-def replace(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, layer)
 
 
 def model_options(args: dict) -> dict:

@@ -36,6 +36,7 @@ from utils.flags import DEFAULTS, new_run
 from utils.plan import commands
 from utils.ranking import rank_metrics
 from utils.runs import describe
+from utils.seed import mix_seed
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Market-1501 in"), pytest.mark.filterwarnings("ignore:Named tensors")]
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,13 +181,13 @@ def trainings(folder, data, number):
     right, calls = train.backward_step, []
 
     def interrupted(*arguments, **how):
-        calls.append(1)
+        calls.append(torch.initial_seed())
         if len(calls) == 5 and number == 1:  # in the second of three steps of the second epoch
             signal.raise_signal(signal.SIGTERM)
         return right(*arguments, **how)
 
     train.backward_step = interrupted
-    found["stopped"], found["calls"] = main(*flags_of(folder / "run", data)), len(calls)
+    found["stopped"], found["seeds"] = main(*flags_of(folder / "run", data)), calls
     train.backward_step = right
     if number == 0:
         shutil.copytree(folder / "run", folder / "elsewhere")
@@ -383,8 +384,15 @@ def test_evaluation_by_two_processes_is_that_of_one(several, folder):
 
 def test_a_signal_that_one_process_gets_stops_all_after_the_same_step(several, folder):
     assert [found["stopped"] for found in several[2]] == [128 + signal.SIGTERM] * 2
-    assert [found["calls"] for found in several[2]] == [5, 5]
+    assert [len(found["seeds"]) for found in several[2]] == [5, 5]
     assert "goes on from epoch 2" in (folder / "said_2_0.txt").read_text()
+
+
+def test_dropout_of_each_process_has_draws_of_its_own(several):
+    """Otherwise the first image of each would always lose the same features; process 0 draws as one alone does."""
+    one, two = (found["seeds"] for found in several[2])
+    assert one == [mix_seed(0, epoch) for epoch in (0, 0, 0, 1, 1)] and not {*one} & {*two}
+    assert two[0] == two[2] != two[3]
 
 
 def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(several, folder):

@@ -86,7 +86,7 @@ def test_a_folder_per_person(tmp_path):
     assert all(records == sorted(records, key=lambda r: r.path) for records in split)
     check_true_matches(split)
     assert told == [
-        "a folder per person: 8 people, 40 images, cameras unknown (40 images without _cN) and so ignored",
+        "a folder per person: 8 people, 40 images, cameras unknown (none is given for 40 images) and so ignored",
         "split by seed 0: 4 people for training (20 images), "
         "4 for testing (4 queries, each 25 points of rank-1, 16 gallery images)",
     ]
@@ -113,9 +113,9 @@ def test_cameras_are_known_if_every_name_holds_one(tmp_path):
     (tmp_path / "a" / "0_c1.jpg").rename(tmp_path / "a" / "0.jpg")
     split, told = read(tmp_path)
     assert {r.camid for records in split for r in records} == {-1} and len(split.query) == 2
-    assert "cameras unknown (1 image without _cN) and so ignored" in told[0]
+    assert "cameras unknown (none is given for 1 image) and so ignored" in told[0]
     write(tmp_path / "folders", *people("a_c1", "b_c2", "c_c1/x_c3", "d_c4"))  # names of images, not of folders
-    assert "cameras unknown (12 images" in read(tmp_path / "folders")[1][0]
+    assert "cameras unknown (none is given for 12 images" in read(tmp_path / "folders")[1][0]
 
 
 def test_one_camera_is_no_camera(tmp_path):
@@ -274,8 +274,8 @@ def test_a_given_split_with_folders_of_people(tmp_path, train, query, gallery):
     split, told = read(tmp_path)
     assert [(r.pid, r.label) for r in split.train] == [(1, 0)] * 3 + [(2, 1)] * 3
     assert [r.pid for r in split.query] == [3, 4] and [r.pid for r in split.gallery] == [3, 5]
-    assert told == ["train, query and gallery: 5 people, 10 images, cameras unknown (10 images without _cN) and so "
-                    "ignored"]  # fmt: skip
+    known = "cameras unknown (none is given for 10 images) and so ignored"
+    assert told == [f"train, query and gallery: 5 people, 10 images, {known}"]
     check_true_matches(split)
     write(tmp_path, f"{gallery}/a/2.jpg", "val/a/1.jpg", "gt_bbox/1.jpg")
     told = read(tmp_path)[1]

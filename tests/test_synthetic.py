@@ -301,6 +301,13 @@ def test_wrong_numbers_on_the_command_line_are_one_sentence(flag, tmp_path, monk
     assert not any(tmp_path.iterdir())
 
 
+def test_what_the_system_refuses_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["synthetic", "--contact-sheet", str(tmp_path / "none/sheet.png")])
+    with pytest.raises(SystemExit):
+        main()
+    assert re.fullmatch("data.synthetic: .*No such file or directory.*\n", capsys.readouterr().err)
+
+
 def test_contact_sheet(tmp_path):
     contact_sheet(tmp_path / "sheet.png", num_people=1)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))

@@ -187,11 +187,16 @@ def test_bad_images_stop_or_are_left_out(run, tiny_market, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, sentence", [("none", "does not exist"), ("empty", "holds no images"),
-                                            ("no.csv", "no column path"), ("lost.csv", "but stands in")])  # fmt: skip
+                                            ("no.csv", "no column path"), ("lost.csv", "but stands in"),
+                                            ("open.csv", "a quotation mark not closed"),
+                                            ("loop", "is a link to a folder that it lies in")])  # fmt: skip
 def test_images_that_are_not_there(tmp_path, name, sentence):
     (tmp_path / "empty").mkdir()
     (tmp_path / "no.csv").write_text("file,pid\na.jpg,1\n")
     (tmp_path / "lost.csv").write_text("path;pid\na.jpg;1\n")
+    (tmp_path / "open.csv").write_text('path,pid\n"a.jpg,1\n' + 20_000 * "b.jpg,1\n")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/again").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match=sentence):
         embedding.find_images(tmp_path / name)
 
@@ -232,6 +237,14 @@ def test_search_leaves_the_query_itself_out_and_takes_several(run, tiny_market, 
     assert "0 of 18 embeddings were kept" in out
     search.main(["--query", str(one), *flags, "--run", str(run), *CPU])
     assert "18 of 18 embeddings were kept" in capsys.readouterr().out
+    twice = tmp_path / "twice"
+    shutil.copytree(tiny_market / "query", twice / "all")
+    (twice / "favourites").symlink_to(twice / "all")  # a folder by two names: found by neither of them
+    flags = ["--gallery", str(twice), "--top", "99", "--out", str(tmp_path / "new/s.png")]
+    search.main(["--query", str(twice / "all" / one.name), *flags, "--run", str(run), *CPU])
+    found = table_rows(capsys.readouterr().out)
+    assert len(found) == 2 * 17 and one.name not in {Path(path).name for _, path in found}
+    assert (tmp_path / "new/s.png").is_file()
 
 
 # -------------------------------------------------------------------------------------------------------------- compare
@@ -274,7 +287,7 @@ def test_compare_says_where_a_similarity_lies():
 def test_export_gives_the_embeddings_without_this_project(run, tiny_market, tmp_path, floats):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU, *(["--floats"] if floats else [])])
+    export.main([str(tmp_path / "m.onnx"), "--run", str(run), *(["--floats"] if floats else [])])
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     says = session.get_modelmeta().custom_metadata_map
     size = json.loads(says["width"]), json.loads(says["height"])
@@ -289,7 +302,7 @@ def test_export_gives_the_embeddings_without_this_project(run, tiny_market, tmp_
     assert (says["arch"], says["loss"], says["run"], says["epoch"]) == ("resnet18", "softmax", "run", "1")
     assert (says["metric"], says["flip_test"]) == ("cosine", "false")
     with pytest.raises(UserError, match="exists"):
-        export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+        export.main([str(tmp_path / "m.onnx"), "--run", str(run)])
 
 
 def test_export_says_that_a_mirror_image_belongs_to_it(run, tmp_path, capsys):
@@ -297,7 +310,7 @@ def test_export_says_that_a_mirror_image_belongs_to_it(run, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     args = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(args | {"flip_test": True}))
-    export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+    export.main([str(tmp_path / "m.onnx"), "--run", str(run)])
     assert "scored with --flip-test: the mean of two embeddings" in capsys.readouterr().out
 
 
@@ -309,14 +322,14 @@ def test_export_refuses_what_differs_from_torch(run, tmp_path, monkeypatch):
         real(run, floats)[0], export.FromPictures(run.model).half().float().apply(
             lambda m: m.weight.data.mul_(1.01) if hasattr(m, "weight") else None)))  # fmt: skip
     with pytest.raises(UserError, match="nothing written"):
-        export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+        export.main([str(tmp_path / "m.onnx"), "--run", str(run)])
     assert not (tmp_path / "m.onnx").exists()
 
 
 def test_export_without_its_packages_is_one_sentence(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
-        export.main([str(tmp_path / "m.onnx"), "--run", str(run), *CPU])
+        export.main([str(tmp_path / "m.onnx"), "--run", str(run)])
 
 
 def test_pictures_are_normalised_as_in_training():
@@ -465,6 +478,18 @@ def test_two_runs_of_different_tests_are_refused(runs, tmp_path, tiny_market):
     (second / "args.json").write_text(json.dumps({**args, "data_dir": str(other)}))
     with pytest.raises(UserError, match="tested on different images"):
         show.main(["--run", str(runs[0]), str(second), "--out", str(tmp_path / "x.html"), *CPU])
+
+
+@pytest.mark.parametrize("tool", ["show", "compare"])
+def test_a_test_set_without_true_matches(run, tiny_market, tmp_path, monkeypatch, tool):
+    """The cause is said before anything is embedded."""
+    other = Path(shutil.copytree(tiny_market, tmp_path / "market"))
+    for path in (other / "bounding_box_test").iterdir():
+        path.rename(path.with_name(f"9{path.name}"))
+    monkeypatch.setattr(embedding, "embed", lambda *_, **__: pytest.fail("images were embedded"))
+    flags = [] if tool == "show" else [str(path) for path in sorted((other / "query").iterdir())[:2]]
+    with pytest.raises(UserError, match="none of the 6 people of the queries is in the gallery"):
+        {"show": show, "compare": compare}[tool].main([*flags, "--run", str(run), "--data-dir", str(other), *CPU])
 
 
 @pytest.mark.parametrize("name", ["one", "one_maps", "both"])
@@ -646,7 +671,7 @@ def test_embed_crops_of_a_tracker(run, tiny_market, monkeypatch):
 def test_the_exported_file_without_this_project(run, tiny_market, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export.main([str(tmp_path / "model.onnx"), "--run", str(run), *CPU])
+    export.main([str(tmp_path / "model.onnx"), "--run", str(run)])
     (block,) = re.findall(r"```python\n(import json.*?)```", README, flags=re.S)
     paths = sorted((tiny_market / "query").iterdir())[:2]
     for path, name in zip(paths, ("a.jpg", "b.jpg"), strict=True):

@@ -71,6 +71,21 @@ def test_verification_by_hand():
     assert (tpr[0], fpr[0], tpr[-1], fpr[-1]) == (1, 1, 0, 0) and (edges.diff() > 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["u1", ">i4", ">i8"])
+def test_ids_of_any_type_mean_people(dtype, recwarn):
+    """As the ranking reads them: 255 of a uint8 is no junk. Embeddings may be of another byte order, and read-only."""
+    f = random_features()
+    numbers = f._replace(query_pids=f.query_pids + 247, gallery_pids=f.gallery_pids % 9 + 247)  # 8, 255, was junk
+    plain = count_pairs(*numbers[:6])
+    assert plain.negative.sum() > count_pairs(*f[:6]).negative.sum()
+    read = {key: getattr(numbers, key).astype(dtype) for key in KEYS if "ids" in key}
+    read["gallery"], read["query"] = f.gallery.astype(">f4"), f.query.copy()
+    read["query"].flags.writeable = False
+    found = count_pairs(*numbers._replace(**read)[:6])
+    assert torch.equal(found.positive, plain.positive) and torch.equal(found.negative, plain.negative)
+    assert not recwarn.list
+
+
 def test_verification_needs_both_kinds_of_pairs():
     rows = torch.eye(2)
     with pytest.raises(ValueError, match="pairs of one person under two cameras, and there is none"):
@@ -158,6 +173,10 @@ def test_curves_for_tensorboard(flags, tmp_path, small_network, monkeypatch):
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in log])
     assert {"lr", "images_per_second", "mAP", "rank1"} <= set(events.Tags()["scalars"])
     assert len(events.Scalars("mAP")) == 2
+    (tmp_path / "run/result.json").unlink()  # resumed into the scoring: the last epoch's curves stay
+    train.main(["--resume", "--run-dir", str(tmp_path / "run")])
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
 
 
 def test_without_tensorboard_a_sentence_and_no_run(flags, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from data import check_true_matches
 from data.folder import describe, scan
 from data.images import BadImage, find_bad_images
 from data.records import Split, stop
@@ -62,10 +63,8 @@ class Kept(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """--run (with `several` one or two), --device, --workers."""
-    if several:
-        parser.add_argument("--run", type=Path, nargs="+", required=True, help="a run folder of train.py, or two")
-    else:
-        parser.add_argument("--run", type=Path, required=True, help="a run folder made by train.py")
+    parser.add_argument("--run", type=Path, nargs="+" if several else None, required=True,
+                        help=f"a run folder made by train.py{', or two' if several else ''}")  # fmt: skip
     parser.add_argument("--device", default=DEFAULTS["device"], help="cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=number(int, zero=True), default=DEFAULTS["workers"],
                         help="threads that decode images (default: the cores, at most 4)")  # fmt: skip
@@ -87,16 +86,20 @@ def find_images(place: Path) -> list[Path]:
     """All images below a folder; those that a CSV file (UTF-8) lists under `path`, relative to it; or the one file."""
     if place.is_dir():
         others = Counter()
-        paths = [Path(path) for path in scan(str(place), others, stop)]
+        with user_input():
+            paths = [Path(path) for path in scan(str(place), others, stop)]
         if others:
             print(f"left out: {describe(others)}")
     elif place.suffix.lower() == ".csv" and place.is_file():
-        with place.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
-            rows = csv.DictReader(text, delimiter=";" if ";" in text.readline() else ",")
-            text.seek(0)
-            if "path" not in (rows.fieldnames or ()):
-                raise UserError(f"{place} has no column path: its first line must name one so")
-            paths = [Path(os.path.normpath(place.parent / row["path"])) for row in rows if row["path"]]
+        try:
+            with place.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
+                rows = csv.DictReader(text, delimiter=";" if ";" in text.readline() else ",")
+                text.seek(0)
+                if "path" not in (rows.fieldnames or ()):
+                    raise UserError(f"{place} has no column path: its first line must name one so")
+                paths = [Path(os.path.normpath(place.parent / row["path"])) for row in rows if row["path"]]
+        except csv.Error as error:
+            raise UserError(f"{place} can't be read as a CSV file ({error}): is a quotation mark not closed?") from None
     else:
         paths = [place]
     for path in paths:
@@ -178,7 +181,9 @@ def to_device(rows: np.ndarray, run: Run) -> torch.Tensor:
 
 
 def split_features(run: Run, split: Split) -> Features:
-    """As evaluate.embed_split, but with the embeddings that are kept beside the run."""
+    """As evaluate.embed_split, but with the embeddings that are kept beside the run; asks for a true match first."""
+    with user_input():
+        check_true_matches(split, run.args["ignore_cameras"])
     kept, Q = embed_kept(run, [record.path for record in [*split.query, *split.gallery]]), len(split.query)
     return features_of(split, to_device(kept[:Q], run), to_device(kept[Q:], run))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data.images import MEAN, STD
-from tools.embedding import Run, add_flags, open_run
+from tools.embedding import Run, open_run
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError, script
 from utils.files import write_atomically
@@ -83,13 +83,13 @@ def main(argv: list[str] | None = None) -> None:
                                      prog="python -m tools.export")  # fmt: skip
     parser.add_argument("out", type=Path, help="the .onnx file to write")
     parser.add_argument("--floats", action="store_true", help="take normalised floats instead of uint8 pictures")
-    add_flags(parser)
+    parser.add_argument("--run", type=Path, required=True, help="a run folder made by train.py")
     args = parser.parse_args(argv)
     if args.out.exists():
         raise UserError(f"{args.out} exists: delete it or choose another name")
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"the export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    run = open_run(args.run, "cpu", args.workers)
+    run = open_run(args.run, "cpu", workers=0)
     proto, network = to_onnx(run, args.floats)
     worst = difference(proto, network, args.floats, run.args["height"], run.args["width"])
     if not worst <= TOLERANCE:

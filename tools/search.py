@@ -27,13 +27,14 @@ BLOCK = 2048  # gallery images compared at a time
 def search(run: Run, query: Tensor, own: list[Path], gallery: Kept, top: int) -> tuple[Tensor, Tensor]:
     """query (Q, D), own: its files -> similarities (Q, top) and places in gallery.paths (Q, top), the nearest first."""
     best, place = (torch.empty(len(query), 0, dtype=kind, device=query.device) for kind in (torch.float64, torch.int64))
-    where = {path.resolve(): i for i, path in enumerate(gallery.paths)}
+    where = {}  # a file -> its places in the gallery, which may hold it under several names
+    for i, path in enumerate(gallery.paths):
+        where.setdefault(path.resolve(), []).append(i)
     for first in range(0, len(gallery.paths), BLOCK):
         found = similarities(query, to_device(gallery[slice(first, first + BLOCK)], run), run.args["metric"])  # (Q, n)
         for row, path in enumerate(own):
-            itself = where.get(path.resolve(), -1) - first
-            if 0 <= itself < found.shape[1]:
-                found[row, itself] = -torch.inf
+            itself = [i - first for i in where.get(path.resolve(), ())]
+            found[row, [i for i in itself if 0 <= i < found.shape[1]]] = -torch.inf
         here = first + torch.arange(found.shape[1], device=found.device)
         best, place = torch.cat([best, found], 1), torch.cat([place, here.expand_as(found)], 1)
         best, order = best.topk(min(top, best.shape[1]), dim=1)
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{query}\n{tabulate(table, ['', 'similarity', 'image'], floatfmt='.3f')}")
         rows.append([(query, "query", None, None), *((path, f"{n}: {s:.3f}", None, None) for n, s, path in table)])
     picture = draw_rows(rows, run.args["height"], run.args["width"])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, lambda file: picture.save(file, "PNG"))
     print(f"\n{args.out}")
 

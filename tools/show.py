@@ -160,14 +160,13 @@ def collect(runs: list[Shown], chosen: list[int], most_bytes: int = MOST_BYTES) 
 def write_page(runs: list[Shown], title: str, data: dict) -> str:
     """The page, from page.html beside this file."""
     several, valid = len(runs) > 1, runs[0].metrics["num_queries"]
-    names = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "rank20": "rank-20", "num_queries": "queries"}
     rows = "".join(
         f"<tr><td>{escape(s.name)}</td>"
         + "".join(f"<td>{100 * s.metrics[key]:.1f}</td>" for key in METRICS[:-1])
         + f"<td>{s.metrics['num_queries']:,}</td></tr>"
         for s in runs
     )
-    head = "".join(f"<th>{names.get(key, key)}</th>" for key in METRICS)
+    head = "".join(f"<th>{key.replace('rank', 'rank-').removeprefix('num_')}</th>" for key in METRICS)
     flags = "".join(
         f"<details><summary>flags{' of ' + escape(s.name) if several else ''}</summary><pre>python train.py "
         f"{escape(command(s))}</pre><pre>{escape(json.dumps(all_flags(s), indent=1))}</pre></details>"
@@ -304,6 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = choose([shown.results["ap"] for shown in runs], valid, args.queries)
     data, files = collect(runs, chosen)
     out = args.out or args.run[0] / "show.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, write_page(runs, title, data))
     print(f"{out}: {len(data['queries']):,} queries, {out.stat().st_size / 1e6:.1f} MB")
     for maps in (False, True) if args.png else ():

@@ -44,7 +44,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_checkpoint(path: Path, keys: tuple[str, ...] = ("model", "loss", "epoch", "args")) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint on the CPU without running any code of it; UserError in one sentence if it is not one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,7 +53,7 @@ def load_checkpoint(path: Path, keys: tuple[str, ...] = ("model", "loss", "epoch
     except Exception as error:  # a pickle with code, a cut file, no zip file: all refused before anything runs
         kind = type(error).__name__
         raise UserError(f"{path} was refused: it is not a whole checkpoint of plain tensors ({kind})") from None
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    missing = [key for key in ("model", "loss", "epoch", "args") if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{path} is not a checkpoint of train.py: {', '.join(missing)} missing")
     if type(content["epoch"]) is not int or content["epoch"] < 0:

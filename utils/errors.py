@@ -1,5 +1,6 @@
 """Mistakes that a user can make, told apart from faults of the program: the scripts show the former as one sentence."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,8 @@ def script(name: str, main: Callable[[], object]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         main()
+    except BrokenPipeError:  # `| head` has seen enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         sys.exit(f"{name}: {error}")
     except torch.OutOfMemoryError:

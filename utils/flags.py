@@ -149,7 +149,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--sync-bn", action="store_true", help="under torchrun on GPUs: batch normalisation over all processes")
     # speed and device
     add("--amp", action="store_true", help="bfloat16 autocast for the backbone; losses stay in float32")
-    add("--tf32", action=switch, help="TF32 products of float32 on a GPU (default: PyTorch's own, convolutions only)")
+    add("--tf32", action=switch, help="TF32 products on a GPU, also the loss's (default: PyTorch's own, convolutions)")
     add("--compile", action="store_true", help="torch.compile the backbone: 20 s of warm-up or more")
     add("--deterministic", action="store_true", help="the same bits on every run of one GPU, at some cost in speed")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")

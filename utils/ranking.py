@@ -63,8 +63,8 @@ def rank_queries(query, query_pids, query_camids, gallery, gallery_pids, gallery
         shapes = f"(Q, D) and (G, D), not {tuple(query.shape)} and {tuple(gallery.shape)}"
         raise ValueError(f"Query and gallery embeddings must be tables of the same width, {shapes}.")
     device, parts = query.device if isinstance(query, Tensor) else torch.device("cpu"), []
-    ids = _ids(device, len(query), len(gallery), query_pids, query_camids, gallery_pids, gallery_camids)
-    double = torch.float64 in [_rows(table, slice(1), device).dtype for table in (query, gallery)]
+    ids = integer_ids(device, len(query), len(gallery), query_pids, query_camids, gallery_pids, gallery_camids)
+    double = torch.float64 in [rows_of(table, slice(1), device).dtype for table in (query, gallery)]
     how = dict(device=device, dtype=torch.float64 if double else torch.float32, metric=metric)
     gallery_block = min(gallery_block or (2048 if device.type == "cpu" else 8192), len(gallery))
     products, setting, exact = torch.backends.cuda.matmul, "allow_tf32", False
@@ -90,10 +90,10 @@ def rank_queries_from_distance(distance, query_pids, query_camids, gallery_pids,
     if len(distance.shape) != 2 or 0 in distance.shape:
         raise ValueError(f"The distances must be a matrix (Q, G), not of shape {tuple(distance.shape)}.")
     device = distance.device if isinstance(distance, Tensor) else torch.device("cpu")
-    ids, parts = _ids(device, *distance.shape, query_pids, query_camids, gallery_pids, gallery_camids), []
+    ids, parts = integer_ids(device, *distance.shape, query_pids, query_camids, gallery_pids, gallery_camids), []
     for here in (slice(first, first + SLICE) for first in range(0, len(distance), SLICE)):
         people = order, images, place, *_ = _people(ids[0][here], ids[1][here], *ids[2:])
-        score = _rows(distance, here, device)[order]
+        score = rows_of(distance, here, device)[order]
         score = -score.to(torch.float32 if score.dtype == torch.float32 else torch.float64)
         if not score.isfinite().all():
             raise ValueError("Some distances are NaN or infinite: all of them must be finite numbers.")
@@ -173,7 +173,7 @@ def _search_at_once(score: Tensor, threshold: Tensor, wrong: Tensor) -> None:  #
 
 def _vectors(name: str, table, index: Tensor | slice, device, dtype: torch.dtype, metric: str):
     """Rows (n, D), their lengths and halves (n,): similarity = query @ row - half. ValueError if one is not finite."""
-    rows = _rows(table, index, device).to(dtype)
+    rows = rows_of(table, index, device).to(dtype)
     square = rows.square().sum(1) if metric == "euclidean" else torch.linalg.vector_norm(rows, dim=1).square()
     if len(bad := (~square.isfinite()).nonzero().squeeze(1)[:10]):
         images = (index[bad] if isinstance(index, Tensor) else bad + index.start).unique().tolist()
@@ -183,14 +183,15 @@ def _vectors(name: str, table, index: Tensor | slice, device, dtype: torch.dtype
     return rows / square.sqrt().clamp(min=1e-30)[:, None], torch.ones_like(square), torch.zeros_like(square)
 
 
-def _rows(table, index: Tensor | slice, device: torch.device) -> Tensor:  # of a tensor or an array
+def rows_of(table, index: Tensor | slice, device: torch.device) -> Tensor:
+    """Rows of a tensor or of an array (memory-mapped, of any byte order), on the device."""
     if isinstance(table, Tensor):
         return table[index.to(table.device) if isinstance(index, Tensor) else index].to(device)
     rows = table[index.cpu().numpy() if isinstance(index, Tensor) else index]
     return torch.as_tensor(rows.astype(rows.dtype.newbyteorder("="), copy=not rows.flags.writeable), device=device)
 
 
-def _ids(device, num_query: int, num_gallery: int, *columns) -> list[Tensor]:
+def integer_ids(device, num_query: int, num_gallery: int, *columns) -> list[Tensor]:
     """query_pids, query_camids, gallery_pids, gallery_camids as int64 on the device, checked."""
     columns = [torch.as_tensor(c.astype(c.dtype.newbyteorder("=")) if hasattr(c, "astype") else c) for c in columns]
     for column, n in zip(columns, (num_query, num_query, num_gallery, num_gallery), strict=True):

@@ -18,15 +18,13 @@ later losses against the same one, with a correction of their own. Below the tab
 import argparse
 import csv
 import io
-import os
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from losses import ROWS
 from utils.across import markdown_across
-from utils.errors import UserError
+from utils.errors import UserError, script
 from utils.files import write_text
 from utils.flags import new_run
 from utils.orders import orders_and_ablations
@@ -100,10 +98,9 @@ def verdict(entry: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    for limit, unit, size in ((90, "s", 1), (5400, "min", 60)):
-        if seconds < limit:
-            return f"{seconds / size:.0f} s" if unit == "s" else f"{seconds / size:.1f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def seed_list(seeds: Sequence[int]) -> str:
@@ -266,9 +263,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # `| head` has seen enough; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        sys.exit(f"results: {error}")
+    script("results", main)

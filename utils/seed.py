@@ -12,9 +12,9 @@ def mix_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seeds the global generators of random, numpy and torch (all devices) from (seed, epoch)."""
-    mixed = mix_seed(seed, epoch)
+def seed_everything(seed: int, epoch: int = 0, process: int = 0) -> None:
+    """Seeds the global generators of random, numpy and torch (all devices) from the three numbers."""
+    mixed = mix_seed(seed, epoch, 0, process)  # trailing zeros change nothing
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.manual_seed(mixed)

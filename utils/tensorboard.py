@@ -9,7 +9,8 @@ from utils.errors import UserError
 def open_board(folder: Path) -> Callable[[dict], None]:
     """A function that writes a line of the log, {"epoch": 3, "loss": 0.5, ...}, as points of curves in the folder.
 
-    What an earlier process wrote of that epoch and later ones is hidden. UserError, one sentence, without the package.
+    What an earlier process wrote of that epoch (of its training, if this line is its scores) and of later ones is
+    hidden. UserError, one sentence, without the package.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -19,7 +20,7 @@ def open_board(folder: Path) -> Callable[[dict], None]:
 
     def write(line: dict) -> None:
         if not writers:
-            writers.append(SummaryWriter(str(folder), purge_step=line["epoch"]))
+            writers.append(SummaryWriter(str(folder), purge_step=line["epoch"] + ("loss" not in line)))
         for key, value in line.items():
             if key != "epoch" and isinstance(value, int | float):
                 writers[0].add_scalar(key, value, line["epoch"])

@@ -16,7 +16,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-JUNK = -1  # pid
+from utils.ranking import JUNK, integer_ids, rows_of
+
 WIDTH, MOST = 2e-5, 2**22  # of a bin of the histogram; most bins
 RATES = (1e-2, 1e-3, 1e-4)  # false positive rates that are reported
 
@@ -47,26 +48,21 @@ def count_pairs(
 
     pids and camids (Q,), (G,): integers. Raises ValueError if there is no pair of one person, or none of two people.
     """
-    query = torch.as_tensor(query)
-    device = query.device
-    query_pids, query_camids, gallery_pids, gallery_camids = (
-        torch.as_tensor(ids).to(device) for ids in (query_pids, query_camids, gallery_pids, gallery_camids)
-    )
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    ids = integer_ids(device, len(query), len(gallery), query_pids, query_camids, gallery_pids, gallery_camids)
+    query_pids, query_camids, gallery_pids, gallery_camids = ids
+    query = rows_of(query, slice(None), device)
     slices = [slice(first, first + block) for first in range(0, len(gallery), block)]
-
-    def rows(here: slice) -> Tensor:
-        return torch.as_tensor(gallery[here]).to(device)
-
     low, high = -1.0, 1.0
     if metric == "euclidean":
-        longest = max(rows(here).double().norm(dim=1).max().item() for here in slices)
+        longest = max(rows_of(gallery, here, device).double().norm(dim=1).max().item() for here in slices)
         low, high = -(query.double().norm(dim=1).max().item() + longest), 0.0
     num_bins = min(math.ceil((high - low) / WIDTH) + 1, MOST)
     width = max((high - low) / (num_bins - 1), 1e-30)
     counts = torch.zeros(2, num_bins, dtype=torch.int64, device=device)  # all others, those of one person
     for here in slices:
         used = gallery_pids[here] != JUNK
-        pids, camids, table = gallery_pids[here][used], gallery_camids[here][used], rows(here)[used]
+        pids, camids, table = gallery_pids[here][used], gallery_camids[here][used], rows_of(gallery, here, device)[used]
         for mine in (slice(first, first + block) for first in range(0, len(query), block)):
             place = ((similarities(query[mine], table, metric) - low) / width).long().clamp_(0, num_bins - 1)  # (q, g)
             same = query_pids[mine, None] == pids

@@ -39,10 +39,13 @@ def main():
     args = parser.parse_args()
     if args.num_ids < 2 or args.seed < 0:
         parser.error("--num-ids must be at least 2, and --seed at least 0")
-    if args.contact_sheet:
-        contact_sheet(args.contact_sheet, args.seed)
-    else:
-        print(generate(args.data_dir, args.num_ids, args.seed))
+    try:
+        if args.contact_sheet:
+            contact_sheet(args.contact_sheet, args.seed)
+        else:
+            print(generate(args.data_dir, args.num_ids, args.seed))
+    except OSError as error:
+        parser.exit(1, f"data.synthetic: {error}\n")
 
 
 if __name__ == "__main__":
