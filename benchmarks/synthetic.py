@@ -15,7 +15,7 @@
 
 Runs are train.py's own, in runs/: a finished one (in runs/ or, under the same name, in results/runs/) is used as it is,
 one that began is resumed. Ends with the table of what is wanted and what was found, and writes both, with the commit
-that measured each part, to results/benchmarks/synthetic.json; parts that are not asked for are kept from that file.
+and the torch of each part, to results/benchmarks/synthetic.json; parts that are not asked for are kept from that file.
 """
 
 import argparse
@@ -226,17 +226,18 @@ def main():
     args = parser.parse_args()
     args.data_dir = args.data_dir.resolve()
     settings = {"version": VERSION, "quick_flags": flags_for()}
-    report = load_json(args.output, (*settings, "found")) if args.output.is_file() else {}
+    report = load_json(args.output, (*settings, "torch", "commit", "found")) if args.output.is_file() else {}
     same = all(report.get(key) == value for key, value in settings.items())
-    found, commits = (report["found"], report.get("commit", {})) if same else ({}, {})
+    found, commits, versions = (report[key] if same else {} for key in ("found", "commit", "torch"))
     header = ("figure", "value", "wanted", "holds")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         found[part], commits[part] = globals()[f"measure_{part}"](args), current_commit()
+        versions[part] = torch.__version__
         rows = checks(found)
         table = [dict(zip(header, row, strict=True)) for row in rows]
-        versions = {"torch": torch.__version__, "commit": commits}
-        save_json(args.output, {**settings, **versions, "found": found, "checks": table})
+        made_by = {"torch": versions, "commit": commits}
+        save_json(args.output, {**settings, **made_by, "found": found, "checks": table})
     print(tabulate([(*row[:3], "yes" if row[3] else "NO") for row in rows], header))
 
 

@@ -332,7 +332,9 @@ def test_benchmark_names_the_commit_of_each_part(tmp_path, monkeypatch, capsys):
     first = written("first", "hsv", "losses")
     assert first["commit"] == {"hsv": "first", "losses": "first"}
     assert first["found"]["losses"] == {"a+b": {"rank1": 0.7, "mAP": 0.3}, "c": {"rank1": 0.5, "mAP": 0.3}}
+    monkeypatch.setattr(benchmark.torch, "__version__", "9.9")
     second = written("second", "softmax")
+    assert second["torch"] == {**first["torch"], "softmax": "9.9"} and "9.9" not in first["torch"].values()
     assert second["commit"] == {"hsv": "first", "losses": "first", "softmax": "second"}
     found = [(row["value"], row["holds"]) for row in second["checks"]]
     assert found == [("40.0", False), ("60.0", True), ("20.0", True), ("20.0", False)]
