@@ -247,6 +247,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     # on what
     parser.add_argument("--dataset", help=f"the test set (default: the run's own): {', '.join(DATASETS)}, or a+b")
     parser.add_argument("--data-dir", help="the folder that holds the data sets (default: the run's own)")
+    parser.add_argument("--eval-on", choices=["test"],
+                        help="of a run with --eval-on val: its test set, not the people that it held out")  # fmt: skip
     add_reader_flags(parser)
     # how
     parser.add_argument("--metric", choices=("cosine", "euclidean"), help="distance (default: the run's, or cosine)")
@@ -276,8 +278,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.rerank and args.verification:
         parser.error("--verification is about similarities, which --rerank replaces: give one of the two")
     options = [key for key in vars(args) if key in reader_options()]
-    if args.features and (args.dataset or args.data_dir or args.save_features or options or args.flip_test):
-        parser.error("--features needs no images: leave --dataset, --data-dir, --flip-test and --save-features out")
+    images = args.dataset, args.data_dir, args.eval_on, args.flip_test, args.save_features, options
+    if args.features and any(images):
+        parser.error("--features needs no images: leave the flags that are about images out")
     return args
 
 
@@ -302,6 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     model, run = load_run(args.run, device)
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
+    other = args.eval_on and args.eval_on != run["eval_on"]
+    run["eval_on"] = args.eval_on or run["eval_on"]
     options = {key: value for key, value in vars(args).items() if key in reader_options()}
     tests, title, about = load_tests(args.run, run, args.dataset, args.data_dir, options)
     scoring = {key: run[key] if getattr(args, key) is None else getattr(args, key) for key in SCORING}
@@ -328,6 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"thresholds found on the people {people}")
     words = [data_name(args.dataset or run["dataset"], args.data_dir or run["data_dir"])]
     words += [*(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
+    words += ["test"] if other else []
     words += [scoring["metric"], *(key.replace("_", "-") for key in SCORING if scoring[key] is True)]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
     words += [word for word in ("rerank", "verification") if getattr(args, word)]

@@ -160,6 +160,11 @@ def test_thresholds_of_a_run_with_held_out_people(flags, tmp_path, small_network
     train.main(["--loss", "softmax", *flags, "--epochs", "1", "--eval-on", "val"])
     evaluate.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--verification"])
     assert "found on the people held out, none of the test" in capsys.readouterr().out
+    evaluate.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--verification", "--eval-on", "test"])
+    assert "found on the people of the test set" in capsys.readouterr().out
+    names = [f"evaluation_market_{name}verification.json" for name in ("cosine_", "test_cosine_")]
+    found = [json.loads((tmp_path / "run" / name).read_text()) for name in names]
+    assert [(scores["eval_on"], scores["num_queries"]) for scores in found] == [("val", 6), ("test", 18)]
 
 
 def test_curves_for_tensorboard(flags, tmp_path, small_network, monkeypatch):
