@@ -220,6 +220,8 @@ def load_tests(
         data_dir = None  # the run's own, spelled otherwise
     own = not options and (dataset is None or data_dir is None)  # pictures that may have moved
     dataset = dataset or run["dataset"]
+    if run["dataset"] == "folder" != dataset and not Path(run["data_dir"], "folder").is_dir():
+        data_dir = data_dir or DEFAULTS["data_dir"]  # the run's own holds its pictures and nothing else
     with user_input():
         check_options(dataset, options)
         kept = run_dir / "split.csv" if own else None

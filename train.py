@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     explicit = vars(parser.parse_args(argv))
     resume, show_recipe, run_dir = (explicit.pop(key, None) for key in ("resume", "show_recipe", "run_dir"))
     try:
+        if resume and run_dir and not {"loss", "dataset"} & explicit.keys() and not (run_dir / "args.json").is_file():
+            parser.error(f"--resume: {run_dir} is no folder of a run that began (it has no args.json)")
         run_dir = run_dir or Path("runs") / run_name(new_run(explicit))
         resumed = bool(resume) and (run_dir / "args.json").is_file()
         args = resumed_run(run_dir, explicit) if resumed else new_run(explicit)

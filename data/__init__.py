@@ -130,9 +130,12 @@ def load_datasets(names: str, data_dir: str | Path, options: dict, kept: Path | 
     options: whatever flags there are; each reader takes its own. kept: a CSV file with the split that `folder` was
     given before, if it exists (data.folder.write_split_csv). Of several data sets, the people of training are
     renumbered from 1 and the cameras from 0, so that neither are mixed up; a single one stays as it is.
-    Raises what `load_dataset` raises, and ValueError for a name that stands twice.
+    Raises what `load_dataset` raises, and ValueError for a name that stands twice, and for own pictures that are not
+    in data_dir/folder, where they have to be beside others.
     """
     tests, titles, notes = {}, {}, []
+    if {"folder"} < {*names.split("+")} and not Path(data_dir, "folder").is_dir():
+        raise ValueError(f"Beside other data sets own pictures lie in {Path(data_dir, 'folder')} (a link will do).")
     for name in names.split("+"):
         reader = find_reader(name)
         if name in tests:

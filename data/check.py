@@ -127,11 +127,13 @@ def examine(path: Path) -> tuple[str | None, list[Finding]]:
                 findings.append(Finding("16 bits", f"{path} has 16 bits per value"))
             if min(image.size) < TINY:
                 findings.append(Finding("tiny", f"{path} has {image.width} x {image.height} pixels"))
-            if image.width > image.height:
-                text = f"{path} is wider than high ({image.width} x {image.height}): is it cut out around the person?"
-                findings.append(Finding("wide", text))
+            width, height = image.size
             if (orientation := image.getexif().get(0x0112, 1)) != 1:
-                findings.append(Finding("turned", f"{path} has the EXIF orientation {orientation}"))
+                findings.append(Finding("turned", f"{path} is turned, as its EXIF orientation {orientation} says"))
+                width, height = image.size if orientation < 5 else image.size[::-1]
+            if width > height:
+                text = f"{path} is wider than high ({width} x {height}): is it cut out around the person?"
+                findings.append(Finding("wide", text))
         decode(path, [])  # exactly what training and evaluation do
     except Image.DecompressionBombError:
         return None, [Finding("giant image", f"{path} has more than {2 * MAX_PIXELS:,} pixels")]

@@ -76,7 +76,7 @@ def folder(
         except csv.Error as error:  # a quotation mark that is not closed makes a value too long, say
             raise ValueError(f"{root} can't be read as a CSV file ({error}): is a quotation mark not closed?") from None
     elif not root.is_dir():
-        report("missing folder", f"There is no folder or CSV file {root}.")
+        report("missing folder", f"There is no folder or CSV file {root}: --data-dir names it.")
         return Split([], [], [])
     else:
         shape, found = read_folders(root, report)
@@ -100,6 +100,9 @@ def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
     with os.scandir(root) as entries:
         names = {entry.name for entry in entries if entry.is_dir()}
     parts = next((parts for parts in FOLDERS if parts.keys() <= names), None)
+    if others := sorted(name for name in names if (root / name / "bounding_box_train").is_dir()):
+        report("layout", f"{root / others[0]} is a data set and no person: move it out of {root}.")
+        return "", []
     if not parts and (len(names & SIMILAR) > 1 or names and names <= SIMILAR):
         text = f"{root} holds {' and '.join(sorted(names & SIMILAR))}, but a split is the three folders train, "
         report("layout", f"{text}query (what is searched for) and gallery (what is searched).")
@@ -207,8 +210,10 @@ def read_csv(file: Path, base: Path, report: Report = stop) -> list[Found]:
                 report("two rows", f"{where} {path} was in line {seen[path]} already: an image belongs to one split.")
                 continue
             if not os.path.exists(path):
-                text = f"{where} there is no {path}: paths are relative to {base}"
-                report("missing file", f"{text}; put it there, or remove this line.")
+                advice = "put it there, or remove this line"
+                if base != file.parent:  # the split that a run keeps
+                    advice = "put it there, or pass --data-dir if the pictures have moved"
+                report("missing file", f"{where} there is no {path}: paths are relative to {base}; {advice}.")
                 continue
             seen[path] = rows.line_num + 1
             found.append(Found(path, pid, int(camid) if camid.strip() else -1, part.strip()))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,6 +53,8 @@ def decode(path: Path, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
             return [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes]
     except BadImage:
         raise
+    except UnidentifiedImageError:
+        raise BadImage(f"{path} can't be read as an image: it is no {', '.join(FORMATS)}") from None
     except Exception as error:  # a broken file makes a decoder raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" <", 1)[0]
         reason = reason.replace(repr(str(path)), "the file").partition("\n")[0] or type(error).__name__

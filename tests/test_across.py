@@ -155,7 +155,7 @@ def test_the_same_run_counts_once(tmp_path, capsys):
     run_folder(tmp_path / "a", result(), synthetic(1, rank1=0.25))
     run_folder(tmp_path / "b", result(workers=1), synthetic(1, rank1=0.75))
     assert table(tmp_path)[ZERO][ONE] == "25.0 / 20.0 (n = 1)"
-    assert "left out: the same run as" in capsys.readouterr().err
+    assert "left out: it has the flags of " in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------- which scores count

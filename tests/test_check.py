@@ -99,7 +99,8 @@ UNUSUAL_FILES = {
     "16 bits": lambda path: Image.fromarray(pixels(206)[..., 0].astype(np.uint16) * 257).save(path.with_suffix(".png")),
     "tiny": lambda path: picture(207, 1, 1).save(path),
     "tiny, narrow": lambda path: picture(208, 40, 7).save(path),
-    "turned": lambda path: picture(209).save(path, exif=turned()),
+    "turned": lambda path: picture(209, 16, 32).save(path, exif=turned()),  # upright to the eye
+    "wide": lambda path: picture(210, 16, 32).save(path),
 }
 
 

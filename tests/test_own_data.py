@@ -150,7 +150,24 @@ def test_other_pictures_have_a_split_and_a_name_of_their_own(tmp_path, capsys):
     evaluate.main(["--run", str(tmp_path / "runs/zoo"), *flags])
     assert "folder: a folder per person: 8 people" in capsys.readouterr().out
     assert load(tmp_path / "runs/zoo/evaluation_folder-shop_cosine.json")["titles"] == {"folder": "folder shop"}
-    assert {setting.data for setting in load_groups(tmp_path / "runs")} == {"folder shop", "folder zoo"}
+    write_folder(tmp_path / "zoo", people=["zoo6", "zoo7"])  # a folder that grows is another one, of the same name
+    run("--dataset", "folder", "--data-dir", tmp_path / "zoo", "--run-dir", tmp_path / "runs/zoo more")
+    settings = {setting.data for setting in load_groups(tmp_path / "runs")}
+    assert settings == {f"folder {name} training images" for name in ("shop, 12", "zoo, 9", "zoo, 12")}
+
+
+def test_a_folder_of_people_is_left_alone(tmp_path):
+    """What is not in it is looked for in its usual place, and own pictures beside other data sets have theirs."""
+    write_folder(tmp_path / "zoo")
+    run("--dataset", "folder", "--data-dir", tmp_path / "zoo", "--run-dir", tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="(?s)^(?!.*zoo).*datasets"):
+        evaluate.main(["--run", str(tmp_path / "run"), "--device", "cpu", "--dataset", "duke"])
+    with pytest.raises(ValueError, match="own pictures lie in .*zoo/folder"):
+        run("--dataset", "synthetic+folder", "--data-dir", tmp_path / "zoo", "--run-dir", tmp_path / "two")
+    assert not [path for path in (tmp_path / "zoo").iterdir() if "synthetic" in path.name]
+    write_tiny_market(tmp_path / "zoo/market")
+    with pytest.raises(ValueError, match="zoo/market is a data set and no person"):
+        run("--dataset", "folder", "--data-dir", tmp_path / "zoo", "--run-dir", tmp_path / "three")
 
 
 def test_the_seed_of_the_split_is_the_readers_own(tmp_path):

@@ -454,7 +454,7 @@ def test_groups_start_with_market_and_the_controlled_recipe(tmp_path):
 def test_the_same_run_counts_once(tmp_path, capsys):
     rows = one_group(tmp_path, result(mAP=0.5), result(mAP=0.6, workers=1))
     assert rows["softmax"][0]["mAP"] == 0.5
-    assert "001.json is left out: the same run as" in capsys.readouterr().err
+    assert "001.json is left out: it has the flags of " in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------------- files

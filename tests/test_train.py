@@ -293,6 +293,12 @@ def test_wrong_flags_are_answered_with_one_sentence(flags, tmp_path, capsys, bad
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_that_is_not_there_is_not_resumed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--run-dir", str(tmp_path / "rum")])
+    assert "rum is no folder of a run that began" in capsys.readouterr().err and not (tmp_path / "rum").exists()
+
+
 def test_missing_data_set_is_one_sentence(tmp_path, monkeypatch):
     words = ["--loss", "softmax", "--dataset", "market", "--data-dir", str(tmp_path / "nowhere")]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])

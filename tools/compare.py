@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
                                      prog="python -m tools.compare")  # fmt: skip
     parser.add_argument("images", type=Path, nargs=2, help="two pictures")
     parser.add_argument("--false-match-rate", type=number(float, most=1), default=1e-3, metavar="RATE",
-                        help="share of the pairs of two people that may pass (default: 0.001)")  # fmt: skip
+                        help="share of the pairs of two people that may pass (default: 0.001: 0.1 %%)")  # fmt: skip
     parser.add_argument("--data-dir", help="the folder that holds the data sets (default: the run's own)")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -158,7 +158,7 @@ def load_groups(folder: Path) -> Groups:
             continue
         cell = groups.setdefault(setting, {}).setdefault(row, {})
         if seed in cell:
-            print(f"{path} is left out: the same run as {sources[setting, row, seed]}", file=sys.stderr)
+            print(f"{path} is left out: it has the flags of {sources[setting, row, seed]}", file=sys.stderr)
         else:
             cell[seed], sources[setting, row, seed] = run, path
     return dict(sorted(groups.items(), key=lambda group: order_of(*group)))
@@ -205,7 +205,10 @@ def describe_data(args: dict) -> str:
     """What a run was trained on, in words, and whether people of it were held out."""
     titles = args.get("titles", {})
     words = " + ".join(describe_set(name, args, titles.get(name)) for name in args["dataset"].split("+"))
-    return words + (", scored on held-out training identities" if args["eval_on"] == "val" else "")
+    if args["eval_on"] == "val":
+        return f"{words}, scored on held-out training identities"
+    count = args.get("environment", {}).get("images", "").partition(" ")[0]  # own pictures grow, under one name
+    return f"{words}, {int(count):,} training images" if count and "folder" in args["dataset"].split("+") else words
 
 
 def describe(args: dict) -> Setting:
@@ -232,4 +235,5 @@ def command(args: dict, **changes) -> str:
     """The command of a run, as someone else would type it; changes: words in the place of flags (loss="LOSS")."""
     recipe = {"recipe": args["recipe"]} if args["recipe"] != DEFAULTS["recipe"] else {}
     flags = {"loss": row_name(args["loss"]), "dataset": args["dataset"], **recipe, **own_flags(args)}
+    flags |= {"data_dir": "PICTURES"} if args["dataset"] == "folder" else {}
     return f"python train.py {command_line({**flags, 'seed': args['seed'], **changes})}"

@@ -114,8 +114,8 @@ def verification_table(metrics: dict) -> str:
         pairs = f"{found['positive_pairs']:,} pairs of one person, {found['negative_pairs']:,} of two people"
         rows = [[f"{100 * float(rate):g}", 100 * at["tpr"], at["threshold"], f"{at['false_matches']:,}"]
                 for rate, at in found["at_fpr"].items()]  # fmt: skip
-        headers = ["FPR at most", "TPR", "threshold", "false matches"]
-        equal = f"{100 * found['equal_error_rate']:.2f} at the threshold {found['equal_error_threshold']:.4f}"
+        headers = ["FPR at most, %", "TPR, %", "threshold", "false matches"]
+        equal = f"{100 * found['equal_error_rate']:.2f} % at the threshold {found['equal_error_threshold']:.4f}"
         lines += [f"{name}{name and ': '}{pairs}", tabulate(rows, headers, floatfmt=("", ".2f", ".4f", ""))]
         lines += [f"equal error rate {equal}"]
     return "\n".join(lines)
