@@ -100,8 +100,8 @@ def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
     with os.scandir(root) as entries:
         names = {entry.name for entry in entries if entry.is_dir()}
     parts = next((parts for parts in FOLDERS if parts.keys() <= names), None)
-    if others := sorted(name for name in names if (root / name / "bounding_box_train").is_dir()):
-        report("layout", f"{root / others[0]} is a data set and no person: move it out of {root}.")
+    if sets := sorted(name for name in names if (root / name / "bounding_box_train").is_dir()):
+        report("layout", f"{root / sets[0]} is a data set and no person: move it out of {root}.")
         return "", []
     if not parts and (len(names & SIMILAR) > 1 or names and names <= SIMILAR):
         text = f"{root} holds {' and '.join(sorted(names & SIMILAR))}, but a split is the three folders train, "
