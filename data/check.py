@@ -149,8 +149,11 @@ def examine(path: Path) -> tuple[str | None, list[Finding]]:
 def check_identities(
     train: list[Record], query: list[Record], gallery: list[Record], overlap: bool = False
 ) -> list[Finding]:
-    """People in training and in test, unless that overlap is allowed, and queries that nobody could answer."""
+    """Labels, people in training and in test, unless that overlap is allowed, queries that nobody could answer."""
     findings = []
+    numbers = {r.label for r in train}
+    if numbers != {*range(len(numbers))} or len({(r.pid, r.label) for r in train}) != len(numbers):
+        findings.append(Finding("labels", "the labels of training are not 0, 1, ..., one for each person: add_labels"))
     test_pids = {r.pid for r in [*query, *gallery]}
     for pid, images in sorted(Counter(r.pid for r in train if r.pid in test_pids and not overlap).items()):
         findings.append(Finding("train and test", f"identity {pid} is in training ({images} images) and in test"))

@@ -114,6 +114,8 @@ def build_model(
         raise ValueError(f"there are no ImageNet weights of {arch}: pass --weights none or a file")
     else:
         network, head = build(), None
+        if not isinstance(getattr(network, "embedding_dim", None), int):
+            raise ValueError(f"the network of {arch} lacks the attribute embedding_dim, the width of its embeddings")
     if weights == "imagenet":
         load_state_dict(network, imagenet_state_dict(arch), head, f"torchvision's ImageNet weights of {arch}")
     elif weights != "none":

@@ -124,6 +124,17 @@ def test_a_clean_folder(folder, capsys):
     assert ["gallery", "3", "5", "3"] in rows  # with distractors, without junk
 
 
+@pytest.mark.parametrize("label", [lambda r: -1, lambda r: r.pid, lambda r: 0])
+def test_labels_of_a_reader_of_ones_own(folder, label):
+    """add_labels forgotten, identities in their place, one label for all."""
+
+    def mine(root, report):
+        split = market1501(root, report=report)
+        return split._replace(train=[r._replace(label=label(r)) for r in split.train])
+
+    assert [finding.kind for finding in check(folder, mine).findings] == ["labels"]
+
+
 def test_every_fault_is_listed_once(folder, capsys):
     written = write_each(folder, {**BAD_FILES, **UNUSUAL_FILES})
     expected = Counter({(kind.split(",")[0], str(path)): 1 for kind, path in written.items()})

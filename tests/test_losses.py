@@ -158,7 +158,8 @@ def test_only_training_moves_the_buffers(case):
     loss_fn.eval()(*batch())
     for name, buffer in loss_fn.named_buffers():
         assert torch.equal(buffer, buffers[name]), f"{name} moves in eval mode: change it only `if self.training`"
-    loss_fn.train()(*batch())
+    embeddings, labels = batch()
+    loss_fn.train()(embeddings.requires_grad_(), labels)
     for name, buffer in loss_fn.named_buffers():
         assert not buffer.requires_grad, f"{name} is part of the graph: change it under torch.no_grad()"
         if case in OWN_CASES:

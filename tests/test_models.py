@@ -412,6 +412,9 @@ def test_a_backbone_of_ones_own(tmp_path, monkeypatch):
         build_model("tiny", neck="bn")
     with pytest.raises(ValueError, match="no ImageNet weights of tiny: pass --weights none or a file"):
         build_model("tiny", "imagenet")
+    monkeypatch.setitem(ARCHS, "tiny", lambda: nn.Flatten())
+    with pytest.raises(ValueError, match="the network of tiny lacks the attribute embedding_dim"):
+        build_model("tiny")
 
 
 def test_imagenet_weights_that_cannot_be_downloaded(monkeypatch):
