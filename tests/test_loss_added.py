@@ -105,6 +105,10 @@ CARELESS_ONES = {
     "careless": CARELESS,
     "inplace": CARELESS.replace("embeddings = embeddings /", "embeddings /="),
     "unused": CARELESS.replace("self.count = 1", UNUSED),
+    "graph": NATURAL.replace("self.margin = margin", 'self.register_buffer("length", torch.ones(()))').replace(
+        "self.margin -", "self.length -").replace("            i, j", """            if self.training:
+                self.length = embeddings.norm(dim=1).mean()
+            i, j"""),
     "onehot": CARELESS.replace("labels[:, None] == labels", "torch.eye(9)[labels] @ torch.eye(9)[labels].T > 0"),
 }
 ODD_FILES = {
@@ -134,6 +138,7 @@ def test_a_natural_loss_passes_and_what_others_lack_is_said(tmp_path):
                      "a loss restored from its state_dict goes on with other values"),
         "inplace": ("forward changes its embeddings in place",),
         "unused": ("scale plays no part in the loss: no gradient reaches it",),
+        "graph": ("length is part of the graph: change it under torch.no_grad()",),
         "onehot": ("forward breaks on labels like",),
         "unlisted": ('import its class and add the line "unlisted": ItsClass',),
         "otherkey": ("the key in LOSSES must be the file's name, 'otherkey'",),

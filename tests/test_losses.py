@@ -159,7 +159,7 @@ def test_only_training_moves_the_buffers(case):
     for name, buffer in loss_fn.named_buffers():
         assert torch.equal(buffer, buffers[name]), f"{name} moves in eval mode: change it only `if self.training`"
     embeddings, labels = batch()
-    loss_fn.train()(embeddings.requires_grad_(), labels)
+    loss_fn.train()(embeddings.requires_grad_() * 1, labels)  # as of a network
     for name, buffer in loss_fn.named_buffers():
         assert not buffer.requires_grad, f"{name} is part of the graph: change it under torch.no_grad()"
         if case in OWN_CASES:
