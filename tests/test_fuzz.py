@@ -628,7 +628,7 @@ def test_flags_of_train(words):
     flags = vars(build_parser().parse_args(words))
     flags.pop("resume", None)
     args = new_run(flags)
-    for key in ("epochs", "p", "k", "height", "width", "seed", "workers", "synthetic_ids"):
+    for key in ("epochs", "p", "k", "height", "width", "seed", "workers"):  # a reader judges its own options
         assert isinstance(args[key], int) and 0 <= args[key] < 2**63
     assert math.isfinite(args["lr"]) and args["lr"] > 0 and all(m >= 0 for m in args["milestones"])
     assert {key: args[key] for key in flags if key not in ("loss", "loss_args", "loss_lr")} == {
