@@ -220,7 +220,7 @@ def load_tests(
         data_dir = None  # the run's own, spelled otherwise
     own = not options and (dataset is None or data_dir is None)  # pictures that may have moved
     dataset = dataset or run["dataset"]
-    if run["dataset"] == "folder" != dataset and not Path(run["data_dir"], "folder").is_dir():
+    if run["dataset"] == "folder" and dataset != "folder" and not Path(run["data_dir"], "folder").is_dir():
         data_dir = data_dir or DEFAULTS["data_dir"]  # the run's own holds its pictures and nothing else
     with user_input():
         check_options(dataset, options)
@@ -307,7 +307,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     model, run = load_run(args.run, device)
     set_backends(run["deterministic"], run["tf32"])  # as the run was scored
-    other = args.eval_on and args.eval_on != run["eval_on"]
     run["eval_on"] = args.eval_on or run["eval_on"]
     options = {key: value for key, value in vars(args).items() if key in reader_options()}
     tests, title, about = load_tests(args.run, run, args.dataset, args.data_dir, options)
@@ -335,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"thresholds found on the people {people}")
     words = [data_name(args.dataset or run["dataset"], args.data_dir or run["data_dir"])]
     words += [*(f"{key.replace('_', '-')}-{value}" for key, value in options.items())]
-    words += ["test"] if other else []
+    words += [args.eval_on] if args.eval_on else []
     words += [scoring["metric"], *(key.replace("_", "-") for key in SCORING if scoring[key] is True)]
     words += [f"{key.strip('_')}-{value}" for key, value in given.items()]
     words += [word for word in ("rerank", "verification") if getattr(args, word)]

@@ -236,8 +236,8 @@ def main():
         versions[part] = torch.__version__
         rows = checks(found)
         table = [dict(zip(header, row, strict=True)) for row in rows]
-        made_by = {"torch": versions, "commit": commits}
-        save_json(args.output, {**settings, **made_by, "found": found, "checks": table})
+        report = {**settings, "torch": versions, "commit": commits, "found": found, "checks": table}
+        save_json(args.output, report)
     print(tabulate([(*row[:3], "yes" if row[3] else "NO") for row in rows], header))
 
 

@@ -135,7 +135,8 @@ def load_datasets(names: str, data_dir: str | Path, options: dict, kept: Path | 
     """
     tests, titles, notes = {}, {}, []
     if {"folder"} < {*names.split("+")} and not Path(data_dir, "folder").is_dir():
-        raise ValueError(f"Beside other data sets own pictures lie in {Path(data_dir, 'folder')} (a link will do).")
+        place = Path(data_dir, "folder")
+        raise ValueError(f"Beside other data sets own pictures lie in {place} (a link will do), and it is no folder.")
     for name in names.split("+"):
         reader = find_reader(name)
         if name in tests:

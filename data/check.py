@@ -151,8 +151,8 @@ def check_identities(
 ) -> list[Finding]:
     """Labels, people in training and in test, unless that overlap is allowed, queries that nobody could answer."""
     findings = []
-    numbers = {r.label for r in train}
-    if numbers != {*range(len(numbers))} or len({(r.pid, r.label) for r in train}) != len(numbers):
+    labels = {r.label for r in train}
+    if labels != {*range(len(labels))} or len({(r.pid, r.label) for r in train}) != len(labels):
         findings.append(Finding("labels", "the labels of training are not 0, 1, ..., one for each person: add_labels"))
     test_pids = {r.pid for r in [*query, *gallery]}
     for pid, images in sorted(Counter(r.pid for r in train if r.pid in test_pids and not overlap).items()):

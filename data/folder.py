@@ -71,10 +71,7 @@ def folder(
     if not 0 < test_share < 1:
         raise ValueError(f"The share of test people must be between 0 and 1, not {test_share}.")
     if root.is_file():
-        try:
-            shape, found = "CSV file", read_csv(root, root.parent, report)
-        except csv.Error as error:  # a quotation mark that is not closed makes a value too long, say
-            raise ValueError(f"{root} can't be read as a CSV file ({error}): is a quotation mark not closed?") from None
+        shape, found = "CSV file", read_csv(root, root.parent, report)
     elif not root.is_dir():
         report("missing folder", f"There is no folder or CSV file {root}: --data-dir names it.")
         return Split([], [], [])
@@ -100,9 +97,6 @@ def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
     with os.scandir(root) as entries:
         names = {entry.name for entry in entries if entry.is_dir()}
     parts = next((parts for parts in FOLDERS if parts.keys() <= names), None)
-    if sets := sorted(name for name in names if (root / name / "bounding_box_train").is_dir()):
-        report("layout", f"{root / sets[0]} is a data set and no person: move it out of {root}.")
-        return "", []
     if not parts and (len(names & SIMILAR) > 1 or names and names <= SIMILAR):
         text = f"{root} holds {' and '.join(sorted(names & SIMILAR))}, but a split is the three folders train, "
         report("layout", f"{text}query (what is searched for) and gallery (what is searched).")
@@ -113,6 +107,9 @@ def read_folders(root: Path, report: Report) -> tuple[str, list[Found]]:
         images = scan(place, others, report)
         start = len(os.path.join(place, ""))  # a drive of Windows ends in its separator as it is
         pieces = [path[start:].split(os.sep) for path in images]  # person's folder, ..., file
+        if sets := sorted({piece[0] for piece in pieces if "bounding_box_train" in piece[1:-1]}):
+            report("layout", f"{os.path.join(place, sets[0])} is a data set and no person: see --data-dir, or move it.")
+            continue
         nested = any(len(piece) > 1 for piece in pieces)
         for path, piece in zip(images, pieces, strict=True):
             match = NAME.match(piece[0])
@@ -174,49 +171,57 @@ def scan(place: str, others: Counter, report: Report, links: tuple[str, ...] = (
     return images
 
 
+def read_table(file: Path) -> tuple[list[str], list[tuple[int, dict]]]:
+    """Columns, and number and values of each line, of a CSV file (UTF-8) with commas or semicolons, else ValueError."""
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:  # Excel's begin with a mark
+            first = text.readline()
+            dialect = {"delimiter": ";" if first.count(";") > first.count(",") else ",", "skipinitialspace": True}
+            columns = [name.strip() for name in next(csv.reader([first], **dialect), [])]
+            rows = csv.DictReader(text, columns, **dialect)
+            return columns, [(rows.line_num + 1, row) for row in rows]
+    except csv.Error as error:  # a value that is too long, say
+        raise ValueError(f"{file} can't be read as a CSV file ({error}): is a quotation mark not closed?") from None
+
+
 def read_csv(file: Path, base: Path, report: Report = stop) -> list[Found]:
-    """The images of a CSV file (UTF-8) with the columns path,pid[,camid][,split], separated by commas or semicolons.
+    """The images of a CSV file with the columns path,pid[,camid][,split].
 
     base: the folder that the paths are relative to. Without camid, cameras are looked for in the names of the images.
     """
-    found, seen = [], {}
-    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:  # Excel's begin with a mark
-        first = text.readline()
-        dialect = {"delimiter": ";" if first.count(";") > first.count(",") else ",", "skipinitialspace": True}
-        columns = [name.strip() for name in next(csv.reader([first], **dialect), [])]
-        if missing := [name for name in ("path", "pid") if name not in columns]:
-            wrong = f"{file} has no column {' and no column '.join(missing)}"
-            report("table", f"{wrong}: its first line must be path,pid[,camid][,split], not {first.strip()[:80]!r}.")
-            return []
-        rows = csv.DictReader(text, columns, **dialect)
-        for row in rows:
-            where = f"{file}, line {rows.line_num + 1}:"
-            path, pid, camid, part = (row.get(name) or "" for name in ("path", "pid", "camid", "split"))
-            pid = pid.strip()
-            if not path or not pid or None in row:
-                report("table", f"{where} as many values as in the first line are needed, path and pid among them.")
-                continue
-            if "camid" not in columns:
-                match = CAMERA.search(os.path.basename(path))
-                camid = match[1] if match else ""
-            if not re.fullmatch("[0-9]{0,9}", camid.strip()):
-                report("table", f"{where} the camera must be a whole number of 0 or more, or empty, not {camid!r}.")
-                continue
-            if "split" in columns and part.strip() not in Split._fields:
-                report("table", f"{where} the split must be train, query or gallery, not {part!r}.")
-                continue
-            path = os.path.normpath(base / path)
-            if path in seen:
-                report("two rows", f"{where} {path} was in line {seen[path]} already: an image belongs to one split.")
-                continue
-            if not os.path.exists(path):
-                advice = "put it there, or remove this line"
-                if base != file.parent:  # the split that a run keeps
-                    advice = "put it there, or pass --data-dir if the pictures have moved"
-                report("missing file", f"{where} there is no {path}: paths are relative to {base}; {advice}.")
-                continue
-            seen[path] = rows.line_num + 1
-            found.append(Found(path, pid, int(camid) if camid.strip() else -1, part.strip()))
+    (columns, rows), found, seen = read_table(file), [], {}
+    if missing := [name for name in ("path", "pid") if name not in columns]:
+        wrong = f"{file} has no column {' and no column '.join(missing)}"
+        report("table", f"{wrong}: its first line must be path,pid[,camid][,split], not {','.join(columns)[:80]!r}.")
+        return []
+    for line, row in rows:
+        where = f"{file}, line {line}:"
+        path, pid, camid, part = (row.get(name) or "" for name in ("path", "pid", "camid", "split"))
+        pid = pid.strip()
+        if not path or not pid or None in row:
+            report("table", f"{where} as many values as in the first line are needed, path and pid among them.")
+            continue
+        if "camid" not in columns:
+            match = CAMERA.search(os.path.basename(path))
+            camid = match[1] if match else ""
+        if not re.fullmatch("[0-9]{0,9}", camid.strip()):
+            report("table", f"{where} the camera must be a whole number of 0 or more, or empty, not {camid!r}.")
+            continue
+        if "split" in columns and part.strip() not in Split._fields:
+            report("table", f"{where} the split must be train, query or gallery, not {part!r}.")
+            continue
+        path = os.path.normpath(base / path)
+        if path in seen:
+            report("two rows", f"{where} {path} was in line {seen[path]} already: an image belongs to one split.")
+            continue
+        if not os.path.exists(path):
+            advice = "put it there, or remove this line"
+            if base != file.parent:  # the split that a run keeps
+                advice = "put it there, or pass --data-dir if the pictures have moved"
+            report("missing file", f"{where} there is no {path}: paths are relative to {base}; {advice}.")
+            continue
+        seen[path] = line
+        found.append(Found(path, pid, int(camid) if camid.strip() else -1, part.strip()))
     for part in Split._fields if "split" in columns else [""]:
         if not any(one.part == part for one in found):
             report("empty folder", f"{file} lists no images{part and ' with the split ' + part}.")

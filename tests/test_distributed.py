@@ -343,6 +343,8 @@ def test_shares_of_scoring_and_of_a_batch_and_means_of_statistics(several, count
     torch.manual_seed(0)
     network = small_model("resnet18")
     expected = [evaluate.embed(network, paths[:total], **SIZE) for total in (len(paths), 7, count, 1)]
+    with pytest.raises(ValueError, match="no images to embed"):
+        evaluate.embed(network, [], **SIZE)
     images_of = TrainingImages(paths, 32, 16, torch.device("cpu"), True, workers=0)
     pixels = torch.stack(list(images_of.batches(torch.arange(12).view(2, 6), 0, 1)))
     for found in several[count]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import train
+from utils.results import markdown
 from utils.runs import load_groups
 
 pytestmark = [pytest.mark.usefixtures("small_network"), pytest.mark.filterwarnings("ignore:Market-1501 in")]
@@ -152,6 +153,7 @@ def test_other_pictures_have_a_split_and_a_name_of_their_own(tmp_path, capsys):
     assert load(tmp_path / "runs/zoo/evaluation_folder-shop_cosine.json")["titles"] == {"folder": "folder shop"}
     write_folder(tmp_path / "zoo", people=["zoo6", "zoo7"])  # a folder that grows is another one, of the same name
     run("--dataset", "folder", "--data-dir", tmp_path / "zoo", "--run-dir", tmp_path / "runs/zoo more")
+    assert "--dataset folder --data-dir PICTURES" in markdown(load_groups(tmp_path / "runs"))
     settings = {setting.data for setting in load_groups(tmp_path / "runs")}
     assert settings == {f"folder {name} training images" for name in ("shop, 12", "zoo, 9", "zoo, 12")}
 
@@ -165,8 +167,8 @@ def test_a_folder_of_people_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="own pictures lie in .*zoo/folder"):
         run("--dataset", "synthetic+folder", "--data-dir", tmp_path / "zoo", "--run-dir", tmp_path / "two")
     assert not [path for path in (tmp_path / "zoo").iterdir() if "synthetic" in path.name]
-    write_tiny_market(tmp_path / "zoo/market")
-    with pytest.raises(ValueError, match="zoo/market is a data set and no person"):
+    write_tiny_market(tmp_path / "zoo/market1501/Market-1501-v15.09.15")
+    with pytest.raises(ValueError, match="zoo/market1501 is a data set and no person"):
         run("--dataset", "folder", "--data-dir", tmp_path / "zoo", "--run-dir", tmp_path / "three")
 
 

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -449,6 +450,16 @@ def test_groups_start_with_market_and_the_controlled_recipe(tmp_path):
     starts = [setting.split(",")[0] for setting in groups]
     assert starts == ["Market-1501"] * 2 + ["DukeMTMC-reID"] + ["synthetic"] * 2
     assert "--p 8" not in groups[0] and "controlled" in groups[3] and "published" in groups[4]
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """As `| head`: neither a traceback nor a sentence."""
+    words = [sys.executable, "-m", "utils.results", str(ROOT / "results")]
+    with open(tmp_path / "error", "w") as error:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=error)
+        process.stdout.close()
+        assert process.wait(60) == 0
+    assert not (tmp_path / "error").read_text()
 
 
 def test_the_same_run_counts_once(tmp_path, capsys):

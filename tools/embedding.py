@@ -1,13 +1,12 @@
 """What the tools share: images found, embedded by a run's network, and kept beside the run; flags.
 
-Kept are the embeddings of every image that a tool has seen, in RUN/embeddings: CHECKPOINT.f32, a row of D float32 for
-each line of CHECKPOINT.jsonl, which says for which file (path, size, time of change). CHECKPOINT: a digest of last.pt,
-and whether images are mirrored.
+Kept are the embeddings of galleries, test sets and what tools.embed reads, in RUN/embeddings: CHECKPOINT.f32, a row of
+D float32 for each line of CHECKPOINT.jsonl, which says for which file (path, size, time of change). CHECKPOINT: a
+digest of last.pt, and whether images are mirrored.
 Rows are only ever added, so whatever stops a tool, what it has embedded stays; the folder may be deleted at any time.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from data import check_true_matches
-from data.folder import describe, scan
+from data.folder import describe, read_table, scan
 from data.images import BadImage, find_bad_images
 from data.records import Split, stop
 from evaluate import cameras, embed, features_of, load_run
@@ -91,15 +90,11 @@ def find_images(place: Path) -> list[Path]:
         if others:
             print(f"left out: {describe(others)}")
     elif place.suffix.lower() == ".csv" and place.is_file():
-        try:
-            with place.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
-                rows = csv.DictReader(text, delimiter=";" if ";" in text.readline() else ",")
-                text.seek(0)
-                if "path" not in (rows.fieldnames or ()):
-                    raise UserError(f"{place} has no column path: its first line must name one so")
-                paths = [Path(os.path.normpath(place.parent / row["path"])) for row in rows if row["path"]]
-        except csv.Error as error:
-            raise UserError(f"{place} can't be read as a CSV file ({error}): is a quotation mark not closed?") from None
+        with user_input():
+            columns, rows = read_table(place)
+        if "path" not in columns:
+            raise UserError(f"{place} has no column path: its first line must name one so")
+        paths = [Path(os.path.normpath(place.parent / row["path"])) for _, row in rows if row["path"]]
     else:
         paths = [place]
     for path in paths:

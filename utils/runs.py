@@ -234,6 +234,6 @@ def order_of(setting: Setting, rows: dict[str, dict[int, dict]]) -> tuple:
 def command(args: dict, **changes) -> str:
     """The command of a run, as someone else would type it; changes: words in the place of flags (loss="LOSS")."""
     recipe = {"recipe": args["recipe"]} if args["recipe"] != DEFAULTS["recipe"] else {}
-    flags = {"loss": row_name(args["loss"]), "dataset": args["dataset"], **recipe, **own_flags(args)}
-    flags |= {"data_dir": "PICTURES"} if args["dataset"] == "folder" else {}
+    place = {"data_dir": "PICTURES"} if args["dataset"] == "folder" else {}
+    flags = {"loss": row_name(args["loss"]), "dataset": args["dataset"], **place, **recipe, **own_flags(args)}
     return f"python train.py {command_line({**flags, 'seed': args['seed'], **changes})}"

@@ -14,7 +14,7 @@ def mix_seed(*numbers: int) -> int:
 
 def seed_everything(seed: int, epoch: int = 0, process: int = 0) -> None:
     """Seeds the global generators of random, numpy and torch (all devices) from the three numbers."""
-    mixed = mix_seed(seed, epoch, 0, process)  # trailing zeros change nothing
+    mixed = mix_seed(seed, epoch, 0, process)  # (seed, epoch, 1) and on: augmentation; zeros at the end do nothing
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.manual_seed(mixed)

@@ -27,7 +27,7 @@ def contact_sheet(path: str | Path, seed: int = 0, num_people: int = 3):
         for column in range(12):
             image, _ = render(Task("", TEST, 2000 + row, column // 2 + 1, column % 2, person), seed)
             sheet.paste(image, corner(row, column))
-    sheet.save(path)
+    sheet.save(path, "PNG")
 
 
 def main():
